@@ -1,0 +1,1 @@
+"""Flax networks. They know `core` and nothing else of ours."""

@@ -1,0 +1,158 @@
+"""Schedules obey their definitions; conversions round-trip; grids have the stated shapes."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from esscher.core import schedules
+
+SCHEDULES = {
+    "vp_linear": schedules.vp_linear(),
+    "cosine": schedules.cosine(),
+    "ve": schedules.ve(),
+    "edm": schedules.edm(),
+    "rectified_flow": schedules.rectified_flow(),
+    "trig_flow": schedules.trig_flow(sigma_data=0.5),
+}
+KINDS = ("data", "noise", "v", "score", "velocity")
+each_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+
+
+def inner_times(schedule):
+    return jnp.linspace(0.02, 0.97, 9) * schedule.t_max
+
+
+@each_schedule
+def test_derivatives_and_sde_coefficients_follow_from_alpha_and_sigma(schedule, x64):
+    t = inner_times(schedule)
+    alpha_dot, sigma_dot = jax.vmap(jax.grad(schedule.alpha))(t), jax.vmap(jax.grad(schedule.sigma))(t)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    np.testing.assert_allclose(schedule.alpha_dot(t), alpha_dot, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(schedule.sigma_dot(t), sigma_dot, rtol=1e-10)
+    np.testing.assert_allclose(schedule.f(t), alpha_dot / alpha, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(schedule.g2(t), 2 * sigma * sigma_dot - 2 * alpha_dot / alpha * sigma**2, rtol=1e-9)
+    log_snr_dot = jax.vmap(jax.grad(schedule.log_snr_half))(t)
+    np.testing.assert_allclose(schedule.g2(t), -2 * sigma**2 * log_snr_dot, rtol=1e-9)
+
+
+@each_schedule
+def test_half_log_snr_is_log_of_the_ratio_and_is_inverted(schedule, x64):
+    t = inner_times(schedule)
+    log_snr = schedule.log_snr_half(t)
+    np.testing.assert_allclose(log_snr, jnp.log(schedule.alpha(t) / schedule.sigma(t)), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(schedule.inverse_log_snr_half(log_snr), t, rtol=1e-9)
+    assert np.all(np.diff(log_snr) < 0)
+
+
+@each_schedule
+def test_time_zero_is_data_and_the_far_end_is_noise(schedule):
+    zero, end = jnp.asarray(0.0), jnp.asarray(schedule.t_max)
+    assert schedule.alpha(zero) == 1
+    assert schedule.sigma(zero) == 0
+    assert schedule.log_snr_half(end) <= 0
+
+
+@each_schedule
+@pytest.mark.parametrize(("source", "target"), list(itertools.permutations(KINDS, 2)))
+def test_conversions_round_trip_and_say_the_truth(schedule, source, target, x64):
+    t = inner_times(schedule)
+    data, noise = jax.random.normal(jax.random.key(0), (2, t.size, 3)) + jnp.array([1.0, 0.0])[:, None, None]
+    x = schedules.add_noise(data, noise, t, schedule)
+    a, s = schedule.alpha(t)[:, None], schedule.sigma(t)[:, None]
+    truth = {
+        "data": data,
+        "noise": noise,
+        "v": a * noise - s * data,
+        "score": -noise / s,
+        "velocity": schedule.alpha_dot(t)[:, None] * data + schedule.sigma_dot(t)[:, None] * noise,
+    }
+    out = schedules.convert(truth[source], x, t, schedule, source=source, target=target)
+    back = schedules.convert(out, x, t, schedule, source=target, target=source)
+    np.testing.assert_allclose(out, truth[target], rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(back, truth[source], rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["cosine", "trig_flow", "rectified_flow"])
+@pytest.mark.parametrize("source", ["v", "velocity"])
+@pytest.mark.parametrize("target", ["data", "noise", "v", "velocity"])
+def test_from_v_and_velocity_both_ends_are_defined(name, source, target):
+    schedule = SCHEDULES[name]
+    t = jnp.array([0.0, schedule.t_max])
+    data, noise = jax.random.normal(jax.random.key(1), (2, 2, 5))
+    x = schedules.add_noise(data, noise, t, schedule)
+    a, s, da, ds = (f(t)[:, None] for f in schedule[:4])
+    truth = {"data": data, "noise": noise, "v": a * noise - s * data, "velocity": da * data + ds * noise}
+    out = schedules.convert(truth[source], x, t, schedule, source=source, target=target)
+    np.testing.assert_allclose(out, truth[target], atol=2e-6)
+
+
+@each_schedule
+def test_the_clean_end_of_noise_and_score_predictions_is_the_data(schedule):
+    x = jax.random.normal(jax.random.key(2), (4, 3))
+    for source in ("noise", "score"):
+        out = schedules.convert(jnp.ones_like(x), x, jnp.zeros(4), schedule, source=source, target="data")
+        np.testing.assert_allclose(out, x, rtol=1e-6)
+
+
+def test_conversion_at_an_undefined_end_is_not_finite_rather_than_wrong():
+    x = jnp.ones((1, 2))
+    undefined = [("data", "noise", 0.0), ("noise", "data", 1.0), ("score", "data", 1.0)]
+    for source, target, t in undefined:
+        out = schedules.convert(x, x, jnp.array([t]), schedules.cosine(), source=source, target=target)
+        assert not np.isfinite(out).any(), (source, target)
+
+
+def test_both_terms_of_a_prediction_reassemble_the_state():
+    schedule, t = schedules.cosine(), jnp.linspace(0.1, 0.9, 6)
+    x, v = jax.random.normal(jax.random.key(3), (2, 6, 4))
+    data, noise = schedules.as_prediction(v, x, t, schedule, source="v")
+    np.testing.assert_allclose(schedules.add_noise(data, noise, t, schedule), x, rtol=1e-5, atol=1e-6)
+
+
+def test_a_misspelt_parameterization_is_named():
+    with pytest.raises(ValueError, match="epsilon"):
+        schedules.convert(jnp.ones((1, 2)), jnp.ones((1, 2)), 0.5, schedules.cosine(), source="epsilon", target="data")
+    with pytest.raises(ValueError, match="prediction must have the shape of x"):
+        schedules.convert(jnp.ones((1, 3)), jnp.ones((1, 2)), 0.5, schedules.cosine(), source="v", target="data")
+
+
+def test_schedule_hyperparameters_are_traced_and_vmapped():
+    beta_max = jnp.array([5.0, 20.0])
+    out = jax.jit(jax.vmap(lambda b: schedules.vp_linear(0.1, b).alpha(jnp.asarray(0.7))))(beta_max)
+    expected = [math.exp(-0.05 * 0.7 - (b - 0.1) * 0.49 / 4) for b in (5.0, 20.0)]
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
+
+
+def test_edm_grid_is_the_papers():
+    grid = schedules.edm_times(18)
+    assert grid.shape == (19,)
+    np.testing.assert_allclose(grid[:3], [80.0, 57.586, 40.785], rtol=1e-4)
+    np.testing.assert_allclose(grid[-2:], [0.002, 0.0], atol=1e-7)
+
+
+def test_log_snr_grid_is_uniform_in_log_snr_and_hits_its_ends():
+    schedule = schedules.vp_linear()
+    grid = schedules.log_snr_times(12, schedule, 1.0, 1e-3)
+    assert (grid[0], grid[-1]) == (1.0, jnp.float32(1e-3))
+    steps = np.diff(schedule.log_snr_half(grid))
+    np.testing.assert_allclose(steps, steps.mean(), rtol=2e-3)
+    geometric = schedules.log_snr_times(3, schedules.edm(), 8.0, 1.0)
+    np.testing.assert_allclose(geometric, [8, 4, 2, 1], rtol=1e-6)
+
+
+def test_time_shift_multiplies_the_noise_to_signal_ratio():
+    t, flow = schedules.uniform_times(8)[1:-1], schedules.rectified_flow()
+    moved = schedules.shift_time(t, 3.0)
+    np.testing.assert_allclose(moved / (1 - moved), 3 * t / (1 - t), rtol=1e-5)
+    np.testing.assert_allclose(flow.log_snr_half(t) - flow.log_snr_half(moved), math.log(3), rtol=1e-5)
+
+
+@pytest.mark.parametrize("n", [0, -3])
+def test_fewer_than_one_step_is_rejected(n):
+    makers = (schedules.uniform_times, schedules.edm_times)
+    for make in (*makers, lambda n: schedules.log_snr_times(n, schedules.cosine(), 0.9, 0.1)):
+        with pytest.raises(ValueError, match=f"at least 1, got {n}"):
+            make(n)
