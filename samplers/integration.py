@@ -1,0 +1,52 @@
+"""The one loop that drives every stepper."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from esscher.core.contracts import Predictor, Stepper
+from jax import Array
+
+__all__ = ["integrate"]
+
+
+def integrate(
+    key: Array, stepper: Stepper, predictor: Predictor, x: Array, times: Array, *, unroll: int | bool = 1
+) -> Array:
+    """Carries `x` from `times[0]` to `times[-1]` by one `lax.scan` over the steps.
+
+    Args:
+      key: typed random key; each step gets its own. A deterministic stepper ignores it.
+      stepper: the solver, see `samplers.steppers`.
+      predictor: `(x_t[B, ...], t[B]) -> Prediction`, evaluated once a step, plus what the stepper asks for.
+      x: the state at `times[0]`, `[B, ...]`, of a floating type; the result has its type.
+      times: `[N + 1]`, strictly decreasing, see `core.schedules` for grids.
+      unroll: passed to `lax.scan`; `True` removes the loop, which on CPU convolutional predictors need.
+
+    Returns:
+      The state at `times[-1]`, `[B, ...]`.
+
+    Raises:
+      ValueError: `times` is not a vector of at least two, or (where its values are known) not strictly decreasing;
+        `x` is not of a floating type.
+    """
+    _check(x, times)
+
+    def body(carry, inputs):
+        x, history = carry
+        key, t, s = inputs
+        prediction = predictor(x, jnp.broadcast_to(t, x.shape[:1]))
+        new = stepper.step(key, x, prediction, t, s, history, predictor)
+        return jax.tree.map(lambda new, old: new.astype(old.dtype), new, carry), None
+
+    keys = jax.random.split(key, times.shape[0] - 1)
+    (x, _), _ = jax.lax.scan(body, (x, stepper.init(x)), (keys, times[:-1], times[1:]), unroll=unroll)
+    return x
+
+
+def _check(x: Array, times: Array) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x must be of a floating type, got {x.dtype}")
+    if times.ndim != 1 or times.shape[0] < 2:
+        raise ValueError(f"times must be a vector of at least two, got shape {times.shape}")
+    if not isinstance(times, jax.core.Tracer) and not np.all(np.diff(np.asarray(times)) < 0):
+        raise ValueError(f"times must be strictly decreasing, from noise to data, got {np.asarray(times)}")
