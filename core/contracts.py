@@ -29,7 +29,10 @@ class Stepper(NamedTuple):
     init: Callable[[Array], Any]
     """`x[B, ...] -> carry`: the history of a multistep solver, `()` if it has none."""
     step: Callable[..., tuple[Array, Any]]
-    """`(key, x, prediction, t, s, carry, predictor) -> (x_s, carry)`; `prediction` is the model's at `(x, t)`, `t > s` are scalars."""
+    """`(key, x, prediction, t, s, carry, predictor) -> (x_s, carry)`.
+
+    `prediction` is the model's at `(x, t)`; the times `t > s` are scalars.
+    """
 
 
 class ReverseKernel(NamedTuple):

@@ -9,9 +9,10 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+
 from esscher.core.arrays import expand_like
 from esscher.core.contracts import Prediction
-from jax import Array
 
 __all__ = [
     "Parameterization",

@@ -1,9 +1,10 @@
 """Single Gaussians: exact probability flow, geometric averages, and what classifier-free guidance really samples."""
 
 import jax.numpy as jnp
+from jax import Array
+
 from esscher.core.exact.mixtures import GaussianMixture
 from esscher.core.schedules import Schedule
-from jax import Array
 
 __all__ = ["cfg_law", "geometric_average", "probability_flow"]
 

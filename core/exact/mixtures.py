@@ -4,11 +4,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from esscher.core.contracts import Prediction, Predictor, ReverseKernel
-from esscher.core.schedules import Schedule
 from jax import Array
 from jax.scipy.special import log_ndtr, logsumexp
 from jax.scipy.stats import multivariate_normal
+
+from esscher.core.contracts import Prediction, Predictor, ReverseKernel
+from esscher.core.schedules import Schedule
 
 __all__ = ["GaussianMixture"]
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from esscher.core import schedules
 from esscher.core.exact import GaussianMixture, gaussians, quadrature
 
