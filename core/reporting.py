@@ -1,0 +1,446 @@
+"""What a run leaves behind: its folder, metrics, progress on the terminal, figures and a report.
+
+Only process 0 writes; the others may make the same calls. Figures use Matplotlib's object interface, no global state.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import re
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from esscher.core.errors import UsageError
+
+__all__ = [
+    "Panel",
+    "image_grid",
+    "lines",
+    "log_metrics",
+    "open_run",
+    "picture",
+    "print_results",
+    "progress",
+    "read_metrics",
+    "table",
+    "write_report",
+]
+
+
+def _writes() -> bool:
+    return jax.process_index() == 0
+
+
+def _write_text(path: pathlib.Path, text: str) -> None:
+    """Whole or not at all: a killed process leaves the old file."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text)
+    os.replace(aside, path)
+
+
+# --- the run's folder -------------------------------------------------------------------------------------------------
+
+
+def open_run(
+    config: Any,
+    *,
+    experiment: str,
+    name: str,
+    root: str | os.PathLike = "runs",
+    may_change: Collection[str] = (),
+) -> pathlib.Path:
+    """Makes, or returns to, the folder `root/experiment/name` with `config.json` and `figures/` in it.
+
+    Args:
+      config: a dataclass instance or a mapping, nested if you like; what JSON cannot hold is stored as text.
+      experiment: name of the experiment.
+      name: name of the run.
+      root: folder of all runs.
+      may_change: dotted names of the fields that may differ when the run is continued, such as `"steps"`; a name
+        stands for everything below it too.
+
+    Returns:
+      The folder.
+
+    Raises:
+      UsageError: the name is not a plain file name, the folder cannot be written, or it holds a run of another
+        configuration; the message names the fields.
+    """
+    if not re.fullmatch(r"\w[\w.,=+-]*", name):
+        raise UsageError(f"the run's name {name!r} must be made of letters, digits and . , = + - _")
+    folder = pathlib.Path(root, experiment, name)
+    mine = json.loads(
+        json.dumps(dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config, default=str)
+    )
+    path = folder / "config.json"
+    try:
+        if path.exists():
+            _refuse_other(folder, _flat(json.loads(path.read_text())), _flat(mine), may_change)
+        if _writes():
+            (folder / "figures").mkdir(parents=True, exist_ok=True)
+            _write_text(path, json.dumps(mine, indent=2) + "\n")
+    except OSError as error:
+        raise UsageError(f"cannot write to {folder} ({error.strerror}); choose another folder of runs") from error
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path} is damaged ({error}); mend it, or choose another name for the run") from error
+    return folder
+
+
+def _refuse_other(
+    folder: pathlib.Path, there: dict[str, Any], here: dict[str, Any], may_change: Collection[str]
+) -> None:
+    def fixed(field):
+        return not any(field == name or field.startswith(f"{name}.") for name in may_change)
+
+    absent = object()
+    differing = [
+        f"{field} is {there.get(field, 'absent')} there, {here.get(field, 'absent')} here"
+        for field in {**there, **here}
+        if there.get(field, absent) != here.get(field, absent) and fixed(field)
+    ]
+    if differing:
+        raise UsageError(
+            f"{folder} holds a run with another configuration ({'; '.join(differing)}); "
+            "give the same flags to go on with it, or another name to start anew"
+        )
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}.{name}" if prefix else name)
+    return flat
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def log_metrics(folder: pathlib.Path, resumed_step: int = -1) -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
+    """Opens a run's `metrics.jsonl` and TensorBoard events and yields `write(step, values)`.
+
+    Values are scalars, or `[S]` arrays for the members of a sweep; what is not finite is stored as null. Lines past the
+    step that the run resumed from are cut first, so that in the end the file is that of a run which was never
+    interrupted. For that, write a step's metrics before you save its checkpoint.
+
+    Args:
+      folder: the run's.
+      resumed_step: the step of the checkpoint; -1 for a fresh start, which empties the file.
+    """
+    if not _writes():
+        yield lambda step, values: None
+        return
+    from tensorboardX import SummaryWriter
+
+    path = folder / "metrics.jsonl"
+    kept = [line for line in _read_lines(path) if line["step"] <= resumed_step]
+    _write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    events = SummaryWriter(
+        str(folder / "tensorboard"),
+        purge_step=resumed_step + 1,
+        flush_secs=10,
+        filename_suffix=f".{os.getpid()}.{resumed_step}",  # the name has only seconds: a quick restart would overwrite
+    )
+    # A line at a time, so that a killed process leaves whole ones.
+    with path.open("a", buffering=1) as file, events:
+
+        def write(step: int, values: Mapping[str, Any]) -> None:
+            line: dict[str, Any] = {"step": step}
+            for name, value in values.items():
+                array = np.asarray(value, np.float64)
+                line[name] = np.where(np.isfinite(array), array, None).tolist()
+                for index, x in np.ndenumerate(array):
+                    events.add_scalar("/".join([name, *map(str, index)]), x, step)
+            file.write(json.dumps(line) + "\n")
+
+        yield write
+
+
+def _read_lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        return
+    for text in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # a last line that was cut by a full disk
+            yield json.loads(text)
+
+
+def read_metrics(folder: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Steps `[n]` and values `[n]` or `[n, S]` of each metric that `metrics.jsonl` holds; null is NaN."""
+    columns: dict[str, tuple[list, list]] = {}
+    for line in _read_lines(folder / "metrics.jsonl"):
+        for name, value in line.items():
+            if name != "step":
+                steps, values = columns.setdefault(name, ([], []))
+                steps.append(line["step"])
+                values.append(value)
+    return {name: (np.array(steps), np.array(values, np.float64)) for name, (steps, values) in columns.items()}
+
+
+# --- the terminal -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def progress(total: int, *, start: int = 0, label: str = "training") -> Iterator[Callable[..., None]]:
+    """Shows how far a loop is and yields `update(step, **values)`.
+
+    On a terminal this is a bar with rate, values and time left; elsewhere it is one line every ten seconds and one at
+    the end, so that logs stay short. Values are looked at only when they are shown: passing device arrays costs nothing
+    at the other steps. Arrays, as in a sweep, are shown by their mean.
+
+    Args:
+      total: the number of steps when the loop is done.
+      start: the number taken before.
+      label: what is going on.
+    """
+    if not _writes():
+        yield lambda step, **values: None
+        return
+    bar = _bar(total, start, label) if sys.stdout.isatty() else contextlib.nullcontext(_Lines(total, start, label))
+    with bar as show:
+        shown = -math.inf
+
+        def update(step: int, **values: Any) -> None:
+            nonlocal shown
+            now = time.monotonic()
+            if now - shown < show.period and step < total:
+                return
+            shown = now
+            show(step, "  ".join(f"{name} {np.mean(jax.device_get(value)):.4g}" for name, value in values.items()))
+
+        yield update
+
+
+class _Lines:
+    period = 10.0
+
+    def __init__(self, total: int, start: int, label: str):
+        self._total, self._label = total, label
+        self._step, self._time = start, time.monotonic()
+
+    def __call__(self, step: int, values: str) -> None:
+        now = time.monotonic()
+        rate = (step - self._step) / max(now - self._time, 1e-9)
+        left = f"{_duration((self._total - step) / rate)} left" if rate > 0 else "-- left"
+        print(f"{self._label} {step}/{self._total}  {values}  {rate:.3g}/s  {left}", flush=True)
+        self._step, self._time = step, now
+
+
+@contextlib.contextmanager
+def _bar(total: int, start: int, label: str) -> Iterator[Any]:
+    from rich import progress as rich
+
+    columns = (
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        rich.TextColumn("{task.fields[values]}"),
+        rich.TextColumn("{task.fields[rate]}"),
+        rich.TimeRemainingColumn(),
+        rich.TextColumn("left"),
+    )
+    with rich.Progress(*columns) as display:
+        task = display.add_task(label, total=total, completed=start, values="", rate="")
+
+        def show(step: int, values: str) -> None:
+            speed = display.tasks[0].speed
+            display.update(task, completed=step, values=values, rate=f"{speed:.3g}/s" if speed else "")
+
+        show.period = 0.1
+        yield show
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def print_results(folder: pathlib.Path) -> None:
+    """Prints where the report and the pictures of a run are."""
+    if _writes():
+        print(f"report   {folder / 'report.md'}")
+        for path in sorted((folder / "figures").glob("*.png")):
+            print(f"picture  {path}")
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table; floats get four significant digits, and columns of numbers stand to the right.
+
+    >>> print(table(["solver", "agreement"], [["heun", 0.98765], ["ddim", 0.5]]))
+    | solver | agreement |
+    |:-------|----------:|
+    | heun   |    0.9877 |
+    | ddim   |       0.5 |
+    """
+    cells = [[f"{x:.4g}" if isinstance(x, float | np.floating) else str(x) for x in row] for row in rows]
+    numeric = [all(isinstance(row[i], int | float | np.number) for row in rows) for i in range(len(header))]
+    widths = [max(len(row[i]) for row in [list(header), *cells]) for i in range(len(header))]
+
+    def line(row):
+        padded = (x.rjust(w) if right else x.ljust(w) for x, w, right in zip(row, widths, numeric, strict=True))
+        return f"| {' | '.join(padded)} |"
+
+    ruler = (f"{'-' * (w + 1)}:" if right else f":{'-' * (w + 1)}" for w, right in zip(widths, numeric, strict=True))
+    return "\n".join([line(header), f"|{'|'.join(ruler)}|", *map(line, cells)])
+
+
+def picture(path: pathlib.Path, folder: pathlib.Path, caption: str) -> str:
+    """Markdown that shows a picture in the report of the run in `folder`."""
+    return f"![{caption}]({path.relative_to(folder).as_posix()})\n\n*{caption}*"
+
+
+def write_report(folder: pathlib.Path, title: str, sections: Mapping[str, str]) -> pathlib.Path:
+    """Writes `report.md` from Markdown sections by their headings, and returns its path."""
+    path = folder / "report.md"
+    if _writes():
+        parts = [f"# {title}", *(f"## {heading}\n\n{body.strip()}" for heading, body in sections.items())]
+        _write_text(path, "\n\n".join(parts) + "\n")
+    return path
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+class Panel(NamedTuple):
+    """Axes of a figure made by `lines`."""
+
+    series: Mapping[str, tuple]  # label -> (x[n], y[n]) or (x[n], y[n], standard_error[n])
+    xlabel: str
+    ylabel: str
+    log_x: bool = False  # with a tick at every x that occurs
+    log_y: bool = False
+    references: Mapping[str, float] = {}  # horizontal lines
+
+
+def lines(path: pathlib.Path, *panels: Panel) -> pathlib.Path:
+    """Draws panels side by side with one legend: training curves, or quality against effort.
+
+    A label has one colour in all panels. Few points get markers, errors become bars, and where there are more than a
+    dozen labels, as in a sweep, the colours run along a scale and the legend names some of them.
+    """
+    if not _writes():
+        return path
+    figure = _figure((4.4 * len(panels) + 1.6, 3.2), layout="constrained")
+    styles = _styles(list(dict.fromkeys(label for panel in panels for label in panel.series)))
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        _draw(axes, panel, styles)
+    handles: dict[str, Any] = {}
+    for axes in figure.axes:
+        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    named = list(styles)[:: math.ceil(len(styles) / 12)]
+    if len(named) > 1:
+        figure.legend([handles[label] for label in named], named, loc="outside right center", frameon=False)
+    return _save(figure, path)
+
+
+def _styles(labels: list[str]) -> dict[str, dict[str, Any]]:
+    from matplotlib import colormaps
+
+    palette = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555"]  # Okabe and Ito's
+    if len(labels) <= 12:
+        markers = "osD^vPXo*<>h"
+        return {x: {"color": palette[i % 7], "marker": markers[i]} for i, x in enumerate(labels)}
+    scale = colormaps["viridis"](np.linspace(0, 0.92, len(labels)))
+    return {label: {"color": color, "marker": "."} for label, color in zip(labels, scale, strict=True)}
+
+
+def _draw(axes: Any, panel: Panel, styles: dict[str, dict[str, Any]]) -> None:
+    from matplotlib import patheffects, ticker
+
+    for label, (x, y, *error) in panel.series.items():
+        style = styles[label] | ({} if len(x) <= 20 else {"marker": ""})
+        axes.errorbar(x, y, *error, label=label, lw=1.4, ms=4.5, elinewidth=1, **style)
+    for label, value in panel.references.items():
+        axes.axhline(value, color="#999999", lw=1, ls=(0, (4, 3)), zorder=0)
+        halo = [patheffects.withStroke(linewidth=3, foreground="white")]
+        at = {"xycoords": ("axes fraction", "data"), "xytext": (-2, 3), "textcoords": "offset points", "ha": "right"}
+        axes.annotate(label, (1, value), color="#555555", fontsize=8, path_effects=halo, zorder=9, **at)
+    axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
+    if panel.log_y:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+    if panel.log_x:
+        ticks = sorted({x for values in panel.series.values() for x in values[0]})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axes.grid(color="#e6e6e6", lw=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def image_grid(
+    images: np.ndarray, row_labels: Sequence[str], col_labels: Sequence[str], path: pathlib.Path
+) -> pathlib.Path:
+    """Draws a sheet of images, pixel by pixel; grey ones as ink on paper.
+
+    Args:
+      images: `[R, C, H, W, 1 or 3]` in `[-1, 1]`.
+      row_labels: one for each equal group of rows, from the top.
+      col_labels: one for each equal group of columns, from the left.
+      path: the PNG to write.
+
+    Raises:
+      ValueError: images of another rank, or labels that do not divide the rows and columns.
+    """
+    if images.ndim != 5 or images.shape[-1] not in (1, 3):
+        raise ValueError(f"images must be [R, C, H, W, 1 or 3], got {list(images.shape)}")
+    rows, cols, height, width, channels = images.shape
+    if rows % len(row_labels) or cols % len(col_labels):
+        raise ValueError(f"{len(row_labels)} and {len(col_labels)} labels must divide the {rows} x {cols} images")
+    if not _writes():
+        return path
+    scale = max(1, 32 // max(height, width))
+    tall, wide = height * scale, width * scale
+    tops, lefts = _offsets(rows, len(row_labels), tall), _offsets(cols, len(col_labels), wide)
+    canvas = np.ones((tops[-1] + tall, lefts[-1] + wide, channels))
+    tones = np.clip((1 + (images if channels == 3 else -images)) / 2, 0, 1).repeat(scale, 2).repeat(scale, 3)
+    for i, j in np.ndindex(rows, cols):
+        canvas[tops[i] : tops[i] + tall, lefts[j] : lefts[j] + wide] = tones[i, j]
+
+    dpi, above, beside = 100, 26, 20 + 7 * max(map(len, row_labels))
+    size = canvas.shape[1] + beside + 6, canvas.shape[0] + above + 6
+    figure = _figure((size[0] / dpi, size[1] / dpi), dpi=dpi)
+    axes = figure.add_axes((beside / size[0], 6 / size[1], canvas.shape[1] / size[0], canvas.shape[0] / size[1]))
+    axes.imshow(canvas.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="none", aspect="auto")
+    axes.set_axis_off()
+    for label, group in zip(row_labels, np.split(tops, len(row_labels)), strict=True):
+        axes.text(-9, (group[0] + group[-1] + tall) / 2, label, ha="right", va="center", fontsize=9)
+    for label, group in zip(col_labels, np.split(lefts, len(col_labels)), strict=True):
+        axes.text((group[0] + group[-1] + wide) / 2, -9, label, ha="center", va="bottom", fontsize=9)
+    return _save(figure, path)
+
+
+def _offsets(count: int, groups: int, extent: int) -> np.ndarray:
+    """Where each image begins, in pixels: a narrow gap between neighbours and a wide one between groups."""
+    index = np.arange(count)
+    return index * (extent + 2) + index // (count // groups) * (10 if count > groups else 2)
+
+
+def _figure(size: tuple[float, float], *, dpi: int = 150, layout: str | None = None) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(size, dpi=dpi, layout=layout)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: pathlib.Path) -> pathlib.Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})  # the same picture is the same file
+    return path

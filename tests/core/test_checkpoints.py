@@ -1,0 +1,391 @@
+"""Checkpoints come back bitwise, on any mesh; damage, kills and full disks cost at most the newest one."""
+
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from esscher.core import checkpoints
+from esscher.core.errors import UsageError
+
+
+class State(NamedTuple):
+    step: Any
+    params: Any
+    opt_state: Any
+    key: Any
+
+
+def state_at(step):
+    """Awkward on purpose: a NamedTuple of scalars, bfloat16, empty optimiser states and a typed key."""
+    w = jax.random.normal(jax.random.key(step), (64, 24))
+    params = {"w": w, "b": w[0, :3].astype(jnp.bfloat16)}
+    return State(jnp.asarray(step), params, optax.adamw(1e-3).init(params), jax.random.key(step))
+
+
+def abstract(state=None):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state_at(0) if state is None else state)
+
+
+def leaves(tree):
+    typed = [jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in jax.tree.leaves(tree)]
+    return [np.asarray(jax.random.key_data(x) if t else x) for x, t in zip(jax.tree.leaves(tree), typed, strict=True)]
+
+
+def assert_same(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for x, y in zip(leaves(one), leaves(other), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+def save_all(folder, steps, **keywords):
+    with checkpoints.open(folder, **keywords) as saved:
+        for step in steps:
+            saved.save(step, state_at(step), {"loss": 1 / step})
+
+
+def latest(folder):
+    with checkpoints.open(folder) as saved:
+        return saved.restore_latest(abstract())
+
+
+def data_file(folder, step):
+    """The largest file of a checkpoint: the arrays."""
+    return max(pathlib.Path(folder, str(step), "state").rglob("*"), key=lambda path: path.stat().st_size)
+
+
+# --- what is saved comes back -----------------------------------------------------------------------------------------
+
+
+def test_the_latest_comes_back_bitwise_with_metrics_and_configuration(tmp_path):
+    with checkpoints.open(tmp_path, config={"hyper": {"lr": [0.1, 0.2]}}) as saved:
+        saved.save(3, state_at(3), {"loss": jnp.float32(0.25), "grad_norm": np.array([1.0, 2.0])})
+    restored = latest(tmp_path)
+    assert_same(restored.state, state_at(3))
+    assert restored.step == 3
+    assert restored.metrics == {"loss": 0.25, "grad_norm": [1, 2]}
+    assert restored.config == {"hyper": {"lr": [0.1, 0.2]}}
+
+
+def test_an_empty_or_missing_folder_holds_nothing_and_is_left_alone(tmp_path):
+    assert latest(tmp_path / "missing") is None
+    assert not (tmp_path / "missing").exists()
+    with checkpoints.open(tmp_path) as saved:
+        assert saved.restore_best(abstract()) is None
+
+
+def test_a_relative_folder_will_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_all("runs/one", [1])
+    assert latest("runs/one").step == 1
+
+
+def test_the_three_newest_and_the_best_are_kept(tmp_path):
+    losses = {1: 0.9, 2: 0.2, 3: float("nan"), 4: 0.5, 5: 0.4, 6: 0.8, 7: 0.7}
+    with checkpoints.open(tmp_path) as saved:
+        for step, loss in list(losses.items())[:5]:
+            saved.save(step, state_at(step), {"loss": loss})
+    with checkpoints.open(tmp_path) as saved:  # another process knows which one was best
+        assert saved.restore_latest(abstract()).step == 5
+        for step, loss in list(losses.items())[5:]:
+            saved.save(step, state_at(step), {"loss": loss})
+    assert saved.steps() == [2, 5, 6, 7]
+    best = saved.restore_best(abstract())
+    assert (best.step, best.metrics) == (2, {"loss": 0.2})
+    assert_same(best.state, state_at(2))
+    assert saved.restore_latest(abstract()).step == 7
+
+
+def test_the_greatest_metric_may_be_best_and_a_sweep_counts_by_its_mean(tmp_path):
+    with checkpoints.open(tmp_path, keep=1, best="accuracy", mode="max") as saved:
+        for step, accuracy in [(1, [0.2, 0.4]), (2, [0.9, 0.1]), (3, [0.0, 0.3])]:
+            saved.save(step, state_at(step), {"loss": 1.0, "accuracy": accuracy})
+    assert saved.steps() == [2, 3]
+
+
+def test_a_checkpoint_without_the_metric_is_never_the_best(tmp_path):
+    with checkpoints.open(tmp_path, keep=1) as saved:
+        for step in (1, 2, 3):
+            saved.save(step, state_at(step), {"accuracy": 1.0} if step > 1 else {"loss": 9.0})
+    assert saved.steps() == [1, 3]
+
+
+def test_a_save_on_one_device_is_restored_onto_a_mesh_of_eight_and_back(tmp_path):
+    save_all(tmp_path / "one", [1])
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"))
+
+    def spread(leaf):
+        spec = PartitionSpec("tensor", "data") if leaf.ndim == 2 else PartitionSpec()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    with checkpoints.open(tmp_path / "one") as saved:
+        state = saved.restore_latest(jax.tree.map(spread, state_at(0))).state
+    assert state.params["w"].sharding == NamedSharding(mesh, PartitionSpec("tensor", "data"))
+    assert state.params["w"].addressable_shards[0].data.shape == (32, 6)
+    assert len(state.key.sharding.device_set) == 8
+    assert_same(state, state_at(1))
+    with checkpoints.open(tmp_path / "eight") as saved:
+        saved.save(2, state)
+    assert_same(latest(tmp_path / "eight").state, state_at(1))
+
+
+def test_buffers_may_be_donated_as_soon_as_save_returns(tmp_path):
+    step = jax.jit(lambda w: w + 1, donate_argnums=0)
+    w = jnp.zeros((512, 1024))
+    with checkpoints.open(tmp_path, keep=9) as saved:
+        for count in range(4):
+            saved.save(count, {"w": w})
+            for _ in range(5):
+                w = step(w)
+    for count in range(4):
+        with checkpoints.open(tmp_path) as saved:
+            restored = saved._read(count, {"w": w})
+        assert (np.asarray(restored.state["w"]) == 5 * count).all()
+
+
+def test_saving_the_step_just_saved_or_resumed_from_does_nothing_and_an_older_one_is_refused(tmp_path):
+    save_all(tmp_path, [1, 2, 2])
+    with checkpoints.open(tmp_path) as saved:
+        with pytest.raises(ValueError, match=r"step must be past 2, the newest checkpoint of .*, got 1"):
+            saved.save(1, state_at(1))
+        saved.restore_latest(abstract())
+        saved.save(2, state_at(2))
+        saved.save(3, state_at(3))
+    assert saved.steps() == [1, 2, 3]
+
+
+def test_options_out_of_range_are_refused(tmp_path):
+    for wrong in ({"keep": 0}, {"mode": "least"}):
+        with pytest.raises(ValueError, match='keep must be at least 1 and mode "min" or "max"'):
+            checkpoints.open(tmp_path, **wrong)
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "arrays cut": lambda folder: truncate(data_file(folder, 3)),
+    "arrays flipped": lambda folder: flip_a_bit(data_file(folder, 3)),  # which TensorStore does not notice
+    "arrays gone": lambda folder: data_file(folder, 3).unlink(),
+    "tree emptied": lambda folder: (folder / "3/state/_METADATA").write_bytes(b""),
+    "manifest zeroed": lambda folder: (folder / "3/state/manifest.ocdbt").write_bytes(bytes(100)),
+    "record cut": lambda folder: truncate(folder / "3/record.json"),
+    "record of another kind": lambda folder: (folder / "3/record.json").write_text("[]"),
+    "folder emptied": lambda folder: (shutil.rmtree(folder / "3"), (folder / "3").mkdir()),
+    "folder a file": lambda folder: (shutil.rmtree(folder / "3"), (folder / "3").write_text("")),
+}
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("three")
+    save_all(folder, [1, 2, 3])
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_named_in_one_line_and_the_one_before_is_used(three, tmp_path, damage, caplog, capfd):
+    folder = shutil.copytree(three, tmp_path / "copy")
+    damage(folder)
+    with caplog.at_level(logging.WARNING):
+        restored = latest(folder)
+    assert restored.step == 2
+    assert_same(restored.state, state_at(2))
+    if (folder / "3").is_dir():  # else it is no checkpoint at all
+        (message,) = caplog.messages
+        assert message.startswith(f"checkpoint {folder / '3'} is damaged (")
+        assert message.endswith("going back to step 2")
+        assert "\n" not in message
+    assert capfd.readouterr().err.count("\n") <= 1  # nothing of Orbax's beside it
+
+
+def test_after_damage_training_comes_past_it_and_the_damaged_are_dropped(tmp_path):
+    save_all(tmp_path, [1, 2, 3, 4])  # 1 is gone by now: loss falls, so the best is the newest
+    for step in (3, 4):
+        truncate(data_file(tmp_path, step))
+    with checkpoints.open(tmp_path) as saved:
+        assert saved.restore_latest(abstract()).step == 2
+        assert saved.steps() == [2, 3, 4]
+        saved.save(3, state_at(33), {"loss": 0.3})
+        saved.wait()
+        assert saved.steps() == [2, 3]
+        saved.save(4, state_at(44), {"loss": 0.2})
+        saved.save(5, state_at(55), {"loss": 0.1})
+    assert saved.steps() == [3, 4, 5]
+    restored = latest(tmp_path)
+    assert restored.step == 5
+    assert_same(restored.state, state_at(55))
+    truncate(data_file(tmp_path, 5))
+    assert_same(latest(tmp_path).state, state_at(44))
+
+
+def test_a_damaged_best_gives_way_to_the_next_best(tmp_path, caplog):
+    with checkpoints.open(tmp_path) as saved:
+        for step, loss in [(1, 0.1), (2, 0.3), (3, 0.2)]:
+            saved.save(step, state_at(step), {"loss": loss})
+    truncate(data_file(tmp_path, 1))
+    assert saved.restore_best(abstract()).step == 3
+    assert "going back to step 3" in caplog.messages[0]
+
+
+def test_when_none_is_whole_the_error_says_so_in_one_line(tmp_path):
+    save_all(tmp_path, [1, 2])
+    for step in (1, 2):
+        truncate(data_file(tmp_path, step))
+    with pytest.raises(UsageError, match=r"no checkpoint in .* is whole \(step 1: state/.*\); delete") as caught:
+        latest(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_another_model_is_refused_not_taken_for_damaged(three):
+    other = abstract()._replace(params={"w": jax.ShapeDtypeStruct((64, 25), jnp.float32), "b": abstract().params["b"]})
+    message = r"\.params\['w'\] is float32\[64, 24\] there and float32\[64, 25\] here"
+    with checkpoints.open(three) as saved, pytest.raises(UsageError, match=message):
+        saved.restore_latest(other)
+    missing = abstract()._replace(params={"w": abstract().params["w"]})
+    with (
+        checkpoints.open(three) as saved,
+        pytest.raises(UsageError, match=r"\['b'\] is bfloat16\[3\] there and missing"),
+    ):
+        saved.restore_latest(missing)
+
+
+# --- kills and full disks ---------------------------------------------------------------------------------------------
+
+SAVE_FOREVER = """
+import sys
+import jax.numpy as jnp
+from esscher.core import checkpoints
+w = jnp.arange(2.0**20)
+with checkpoints.open(sys.argv[1]) as saved:
+    found = saved.restore_latest({"w": w})
+    step = found.step if found else 0
+    while True:
+        step += 1
+        saved.save(step, {"w": w + step}, {"loss": 1.0})
+        print(step, flush=True)
+"""
+
+
+def test_kill_9_amid_an_asynchronous_save_leaves_the_earlier_ones_whole(tmp_path, caplog):
+    w, committed, halves = jnp.arange(2.0**20), 0, 0
+    for delay in (0.0, 0.02, 0.05):
+        command = [sys.executable, "-c", SAVE_FOREVER, str(tmp_path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            try:
+                for _ in range(3):
+                    started = int(process.stdout.readline())  # its save is under way, the one before is committed
+                time.sleep(delay)
+            finally:
+                process.kill()
+        halves += any("tmp" in path.name for path in tmp_path.iterdir())
+        with checkpoints.open(tmp_path) as saved:
+            restored = saved.restore_latest({"w": w})
+        assert restored.step >= started - 1 > committed
+        np.testing.assert_array_equal(restored.state["w"], w + restored.step)
+        committed = restored.step
+    assert halves  # or no save was caught under way
+    assert not caplog.messages
+    with checkpoints.open(tmp_path) as saved:
+        saved.restore_latest({"w": w})
+        saved.save(10**6, {"w": w})
+    assert not [path for path in tmp_path.iterdir() if "tmp" in path.name]
+
+
+def test_a_full_disk_is_seen_before_anything_is_written(tmp_path, monkeypatch):
+    save_all(tmp_path, [1, 2])
+    usage = namedtuple("usage", "total used free")
+    with checkpoints.open(tmp_path) as saved:
+        saved.restore_latest(abstract())
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda path: usage(2**30, 2**30 - 2**12, 2**12))
+            message = r"cannot save the checkpoint of step 3 in .* 0\.0 MiB left; make room .* go on from step 2"
+            with pytest.raises(UsageError, match=message):
+                saved.save(3, state_at(3))
+        assert saved.steps() == [1, 2]
+        saved.save(3, state_at(3))  # there is room again
+    assert_same(latest(tmp_path).state, state_at(3))
+
+
+@contextlib.contextmanager
+def no_file_larger_than(size):
+    """Writes past it fail in the kernel, as on a full disk."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[0][1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old[0])
+        signal.signal(signal.SIGXFSZ, old[1])
+
+
+def test_a_write_that_fails_half_way_gives_one_line_and_leaves_the_others_whole(tmp_path):
+    large = {"w": jax.random.normal(jax.random.key(0), (256, 256))}
+    with checkpoints.open(tmp_path, keep=1) as saved:
+        saved.save(1, large)
+        saved.wait()
+        with no_file_larger_than(100_000):
+            saved.save(2, large)
+            with pytest.raises(UsageError, match=r"cannot save the checkpoint of step 2 .*: File too large; make room"):
+                saved.wait()
+        assert saved.steps() == [1]
+        saved.save(2, large)  # that it failed is not taken for done
+    assert saved.steps() == [2]
+    assert not [path for path in tmp_path.iterdir() if "tmp" in path.name]
+
+
+def test_a_failure_at_the_end_is_raised_on_leaving(tmp_path):
+    large = {"w": jax.random.normal(jax.random.key(0), (256, 256))}
+    caught = pytest.raises(UsageError, match="cannot save the checkpoint of step 1 in")
+    with no_file_larger_than(100_000), caught, checkpoints.open(tmp_path) as saved:
+        saved.save(1, large)
+    assert latest(tmp_path) is None
+
+
+def test_a_folder_that_cannot_be_made_gets_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with checkpoints.open(tmp_path / "file" / "checkpoints") as saved, pytest.raises(UsageError, match="cannot save"):
+        saved.save(1, state_at(1))
+
+
+def test_a_state_that_cannot_be_stored_is_a_programming_error(tmp_path):
+    with checkpoints.open(tmp_path) as saved, pytest.raises(Exception) as caught:
+        saved.save(1, {"f": print})
+    assert not isinstance(caught.value, UsageError)
+
+
+def test_the_record_is_part_of_the_atomic_commit(tmp_path):
+    save_all(tmp_path, [1])
+    record = json.loads((tmp_path / "1" / "record.json").read_text())
+    names = {
+        str(path.relative_to(tmp_path / "1/state")) for path in (tmp_path / "1/state").rglob("*") if path.is_file()
+    }
+    assert set(record["files"]) == names
+    assert all(len(entry) == 2 for entry in record["files"].values())
