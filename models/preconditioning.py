@@ -1,0 +1,83 @@
+r"""EDM preconditioning: a raw network becomes a denoiser, and one denoiser serves every noise schedule."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from esscher.core.arrays import expand_like
+from esscher.core.contracts import Prediction, Predictor
+from esscher.core.schedules import Schedule
+
+__all__ = ["Denoiser", "denoiser_predictor", "edm_denoiser"]
+
+Denoiser = Callable[..., Array]
+"""`(params, x[B, ...], sigma[B], *conditions) -> E[x_0 | x_0 + sigma eps = x]`."""
+
+
+def edm_denoiser(apply: Callable[..., Array], sigma_data: float | Array = 0.5) -> Denoiser:
+    r"""Wraps a network `F` so that its inputs and its training target have unit variance at every noise level.
+
+        D(x, s) = c_skip x + c_out F(c_in x, log(s) / 4)
+        c_skip = d^2 / (s^2 + d^2),  c_out = s d / sqrt(s^2 + d^2),  c_in = 1 / sqrt(s^2 + d^2),  d = sigma_data
+
+    At `sigma = 0` the denoiser is the identity, exactly, with finite derivatives.
+
+    Args:
+      apply: the network, `(params, x[B, ...], noise_level[B], *conditions) -> [B, ...]`.
+      sigma_data: standard deviation of the data, positive.
+
+    Returns:
+      `denoise(params, x[B, ...], sigma, *conditions)`, of the shape and dtype of `x`; `sigma` is `[B]` or a scalar, any
+      other shape raises a ValueError.
+
+    Reference: Elucidating the Design Space of Diffusion-Based Generative Models, arXiv:2206.00364.
+    """
+
+    def denoise(params: Any, x: Array, sigma: Array, *conditions: Any) -> Array:
+        sigma = _one_per_example("sigma", sigma, x)
+        variance = jnp.square(sigma) + jnp.square(sigma_data)
+        scale = jax.lax.rsqrt(variance)
+        # The network is not asked about zero noise: there its output counts for nothing, but must be finite.
+        noise_level = jnp.log(jnp.maximum(sigma, jnp.finfo(sigma.dtype).tiny)) / 4
+        residual = apply(params, expand_like(scale, x) * x, noise_level, *conditions)
+        skip, gain = jnp.square(sigma_data) / variance, sigma * sigma_data * scale
+        return (expand_like(skip, x) * x + expand_like(gain, x) * residual).astype(x.dtype)
+
+    return denoise
+
+
+def denoiser_predictor(denoise: Callable[[Array, Array], Array], schedule: Schedule) -> Predictor:
+    r"""Lets a denoiser of `x_0 + sigma eps` predict under any schedule, at the noise-to-signal ratio `sigma / alpha`.
+
+        data = D(x / alpha, sigma / alpha),   noise = (x - alpha data) / sigma,   and noise = 0 where sigma = 0
+
+    Undefined, and then not finite, where `alpha = 0`: end such a schedule's time grid just before pure noise.
+
+    Args:
+      denoise: `(x[B, ...], sigma[B]) -> E[x_0 | x]`, with parameters and conditions bound.
+      schedule: the noise schedule of the states to predict from.
+
+    Returns:
+      A predictor; its time may be a scalar.
+    """
+
+    def predict(x: Array, t: Array) -> Prediction:
+        t = _one_per_example("t", t, x)
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        data = denoise(x / expand_like(alpha, x).astype(x.dtype), sigma / alpha)
+        # Two wheres: the first keeps the division, and with it the gradient, finite at sigma = 0.
+        noise = (x - expand_like(alpha, x) * data) / expand_like(jnp.where(sigma > 0, sigma, 1), x)
+        return Prediction(data, jnp.where(expand_like(sigma, x) > 0, noise, 0).astype(x.dtype))
+
+    return predict
+
+
+def _one_per_example(name: str, values: Array, x: Array) -> Array:
+    values = jnp.asarray(values)
+    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    if values.shape not in ((), x.shape[:1]):
+        raise ValueError(f"{name} must be a scalar or have shape {x.shape[:1]}, got {values.shape}")
+    return jnp.broadcast_to(values, x.shape[:1])

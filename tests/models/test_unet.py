@@ -1,0 +1,95 @@
+"""The U-Net: shapes, skips, resampling, normalisation."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from esscher.models import unet
+from esscher.models.functional import initializer
+
+normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)  # noqa: E731
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"image_size": 8, "channels": 1, "width": 8, "multipliers": (1, 2), "blocks": 2, "attention": (8,)},
+        {"image_size": 12, "channels": 3, "width": 4, "multipliers": (1, 2, 3), "blocks": 1, "attention": (6, 3)},
+        {"image_size": 5, "channels": 2, "width": 12, "multipliers": (2,), "blocks": 3, "attention": ()},
+    ],
+)
+def test_shape_is_kept_and_every_parameter_counts(sizes, randomize):
+    network = initializer(lambda rngs: unet.UNet(**sizes, classes=2, rngs=rngs))
+    params = randomize(jax.jit(network.init)(jax.random.key(0)))
+    x = normal(3, 2, sizes["image_size"], sizes["image_size"], sizes["channels"])
+
+    def loss(params):
+        out = network.apply(params, x, jnp.array([-0.5, 0.6]), jnp.array([0, 2]))
+        assert out.shape == x.shape
+        return jnp.sum(jnp.sin(out))
+
+    gradient = jax.jit(jax.grad(loss))(params)
+    for path, leaf in jax.tree.leaves_with_path(gradient):
+        assert np.abs(leaf).max() > 1e-5, jax.tree_util.keystr(path)
+
+
+def test_number_of_parameters():
+    """From the table of blocks, by hand: 8 x 8, 32 and 64 channels, two blocks a level, attention at 8 x 8."""
+
+    def block(read, write, attention=False, resample=False):
+        total = 2 * read + 9 * read * write + write  # norm, first convolution
+        total += 128 * 2 * write + 2 * write  # scale and shift
+        total += 2 * write + 9 * write**2 + write  # norm, second convolution
+        total += (read * write + write) * (resample or read != write)
+        return total + attention * (2 * write + 3 * write**2 + 3 * write + write**2 + write)
+
+    down = 2 * block(32, 32, attention=True) + block(32, 32, resample=True) + block(32, 64) + block(64, 64)
+    middle = block(64, 64, attention=True) + block(64, 64)
+    # Kept, first to last: 32 (input), 32, 32, 32 (down), 64, 64.
+    up = 2 * block(64 + 64, 64) + block(64 + 32, 64) + block(64, 64, resample=True)
+    up += block(64 + 32, 32) + block(32 + 32, 32) + block(32 + 32, 32, attention=True)
+    rest = (256 * 128 + 128) + (128 * 128 + 128) + 11 * 128 + (9 * 32 + 32) + 2 * 32 + (9 * 32 + 1)
+    shapes = jax.eval_shape(initializer(lambda rngs: unet.UNet(rngs=rngs)).init, jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == down + middle + up + rest
+
+
+def test_blocks_start_near_a_multiple_of_the_identity():
+    x, condition = normal(0, 2, 4, 4, 8), normal(1, 2, 16)
+    for attention, multiple in ((False, math.sqrt(0.5)), (True, 0.5)):
+        network = initializer(lambda rngs: unet.ResidualBlock(8, 8, 16, attention=attention, rngs=rngs))
+        out = jax.jit(network.apply)(jax.jit(network.init)(jax.random.key(0)), x, condition)
+        np.testing.assert_allclose(out, multiple * x, atol=1e-4)
+
+
+def test_resampling_takes_means_and_copies():
+    x = normal(0, 2, 4, 6, 3)
+    small, large = unet._resample(x, "down"), unet._resample(x, "up")
+    np.testing.assert_allclose(small[1, 1, 2], x[1, 2:4, 4:6].mean((0, 1)), rtol=1e-5)
+    np.testing.assert_array_equal(large[:, 5, 8], x[:, 2, 4])
+    np.testing.assert_allclose(unet._resample(large, "down"), x, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(4, 1), (12, 3), (160, 32), (200, 25), (7, 1)])
+def test_group_norm_is_over_space_and_groups_of_channels(channels, groups):
+    norm = unet.GroupNorm(channels)
+    norm.scale[...], norm.bias[...] = normal(1, channels), normal(2, channels)
+    x = normal(0, 2, 3, 3, channels) * 2 + 1
+    parts = np.split(np.asarray(x), groups, -1)
+    parts = [(p - p.mean((1, 2, 3), keepdims=True)) / p.std((1, 2, 3), keepdims=True) for p in parts]
+    expected = np.concatenate(parts, -1) * norm.scale[...] + norm.bias[...]
+    np.testing.assert_allclose(norm(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"image_size": 6, "multipliers": (1, 2, 2)}, "image_size must be a multiple of 4, got 6"),
+        ({"width": 2}, "width must be at least 4, got 2"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_rejected(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        initializer(lambda rngs: unet.UNet(**sizes, rngs=rngs))
