@@ -2,5 +2,6 @@
 
 from esscher.samplers import guidance, steppers
 from esscher.samplers.integration import integrate
+from esscher.samplers.inversion import invert
 
-__all__ = ["guidance", "integrate", "steppers"]
+__all__ = ["guidance", "integrate", "invert", "steppers"]

@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from esscher.core.contracts import Predictor, Stepper
 from jax import Array
 
-__all__ = ["integrate"]
+from esscher.core.contracts import Predictor, Stepper
+
+__all__ = ["check_inputs", "integrate"]
 
 
 def integrate(
@@ -14,12 +15,14 @@ def integrate(
 ) -> Array:
     """Carries `x` from `times[0]` to `times[-1]` by one `lax.scan` over the steps.
 
+    The scalars of a step are computed in the precision of `times`, the state and the history are kept in that of `x`.
+
     Args:
       key: typed random key; each step gets its own. A deterministic stepper ignores it.
       stepper: the solver, see `samplers.steppers`.
       predictor: `(x_t[B, ...], t[B]) -> Prediction`, evaluated once a step, plus what the stepper asks for.
       x: the state at `times[0]`, `[B, ...]`, of a floating type; the result has its type.
-      times: `[N + 1]`, strictly decreasing, see `core.schedules` for grids.
+      times: `[N + 1]`, strictly decreasing, of a floating type, see `core.schedules` for grids.
       unroll: passed to `lax.scan`; `True` removes the loop, which on CPU convolutional predictors need.
 
     Returns:
@@ -27,9 +30,9 @@ def integrate(
 
     Raises:
       ValueError: `times` is not a vector of at least two, or (where its values are known) not strictly decreasing;
-        `x` is not of a floating type.
+        `x` or `times` is not of a floating type.
     """
-    _check(x, times)
+    check_inputs(x, times)
 
     def body(carry, inputs):
         x, history = carry
@@ -43,9 +46,11 @@ def integrate(
     return x
 
 
-def _check(x: Array, times: Array) -> None:
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x must be of a floating type, got {x.dtype}")
+def check_inputs(x: Array, times: Array) -> None:
+    """Raises the errors of `integrate` about the state and the grid."""
+    for name, value in (("x", x), ("times", times)):
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(f"{name} must be of a floating type, got {value.dtype}")
     if times.ndim != 1 or times.shape[0] < 2:
         raise ValueError(f"times must be a vector of at least two, got shape {times.shape}")
     if not isinstance(times, jax.core.Tracer) and not np.all(np.diff(np.asarray(times)) < 0):

@@ -1,35 +1,35 @@
 """DDIM and its stochastic relatives: exact when the prediction does not change over the step."""
 
 import jax
-import jax.numpy as jnp
-from esscher.core.contracts import Prediction, Predictor, Stepper
-from esscher.core.schedules import Schedule
 from jax import Array
+
+from esscher.core.contracts import Stepper
+from esscher.core.schedules import Schedule
+from esscher.samplers.steppers.coefficients import first_order, noise_levels, step_coefficients
 
 __all__ = ["ancestral", "ddim"]
 
 
-def ddim(schedule: Schedule, eta: float | Array = 0.0) -> Stepper:
+def ddim(schedule: Schedule, eta: float | Array | None = None) -> Stepper:
     r"""First-order step with noise `eta`: `x_s = alpha_s D + sqrt(sigma_s^2 - c^2) eps + c z`.
 
     `c^2 = eta^2 sigma_s^2 (1 - e^(-2h))` is `eta^2` times the variance of `x_s` given `x_t` and `x_0`: 0 is the
-    deterministic solver, 1 the ancestral sampler of DDPM.
+    deterministic solver, 1 the ancestral sampler of DDPM. One evaluation a step; it may start at `alpha = 0`.
 
     Args:
       schedule: the noise schedule.
-      eta: noise, in `[0, 1]`.
+      eta: noise, in `[0, 1]`; None is 0 without the cost of drawing noise that is not used.
 
     Reference: Denoising Diffusion Implicit Models, arXiv:2010.02502.
     """
 
-    def step(
-        key: Array, x: Array, prediction: Prediction, t: Array, s: Array, carry: tuple, predictor: Predictor
-    ) -> tuple[Array, tuple]:
-        h = schedule.log_snr_half(s) - schedule.log_snr_half(t)
-        variance = -(eta**2) * schedule.sigma(s) ** 2 * jnp.expm1(-2 * h)
-        noise_scale = jnp.sqrt(jnp.maximum(schedule.sigma(s) ** 2 - variance, 0))
-        mean = schedule.alpha(s) * prediction.data + noise_scale * prediction.noise
-        return mean + jnp.sqrt(variance) * jax.random.normal(key, x.shape, x.dtype), carry
+    def step(key, x, prediction, t, s, carry, predictor):
+        c = step_coefficients(schedule, t, s)
+        if eta is None:
+            return first_order(prediction, c), carry
+        kept, fresh = noise_levels(c, eta)
+        mean = c.alpha_s * prediction.data + kept * prediction.noise
+        return mean + fresh * jax.random.normal(key, x.shape, x.dtype), carry
 
     return Stepper(lambda x: (), step)
 
@@ -37,7 +37,8 @@ def ddim(schedule: Schedule, eta: float | Array = 0.0) -> Stepper:
 def ancestral(schedule: Schedule) -> Stepper:
     """DDPM's sampler: draws `x_s` from its law given `x_t` and `x_0 = D`, `ddim` with `eta = 1`.
 
-    Exact in the limit of small steps, or of a posterior of `x_0` that is a point.
+    Exact in the limit of small steps, or of a posterior of `x_0` that is a point. One evaluation a step; it may start
+    at `alpha = 0`.
 
     Reference: Denoising Diffusion Probabilistic Models, arXiv:2006.11239.
     """

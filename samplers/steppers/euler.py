@@ -1,14 +1,24 @@
-"""Solvers of the probability-flow ODE `dx/dt = alpha' D + sigma' eps` in time itself."""
+"""Solvers of the probability-flow ODE `dx/dt = alpha' D + sigma' eps` in time itself.
+
+The state a step starts from is put together as `alpha_t D + sigma_t eps`: the state itself for a plain model, and what
+makes CFG++ work, whose two terms do not add up to the state.
+"""
 
 import math
 
 import jax
 import jax.numpy as jnp
-from esscher.core.contracts import Prediction, Predictor, Stepper
-from esscher.core.schedules import Schedule
 from jax import Array
 
+from esscher.core.contracts import Prediction, Predictor, Stepper
+from esscher.core.schedules import Schedule
+from esscher.samplers.steppers.coefficients import safe_sqrt
+
 __all__ = ["edm_stochastic", "euler", "heun"]
+
+
+def _start(prediction: Prediction, t: Array, schedule: Schedule) -> Array:
+    return schedule.alpha(t) * prediction.data + schedule.sigma(t) * prediction.noise
 
 
 def _velocity(prediction: Prediction, t: Array, schedule: Schedule) -> Array:
@@ -16,30 +26,36 @@ def _velocity(prediction: Prediction, t: Array, schedule: Schedule) -> Array:
 
 
 def _heun_step(x: Array, prediction: Prediction, t: Array, s: Array, predictor: Predictor, schedule: Schedule) -> Array:
-    slope = _velocity(prediction, t, schedule)
-    euler = x + (s - t) * slope
+    start, slope = _start(prediction, t, schedule), _velocity(prediction, t, schedule)
+    euler = start + (s - t) * slope
+    noisy = schedule.sigma(s) > 0
+    end_time = jnp.where(noisy, s, t)  # under vmap over times both branches are computed, and sigma' may be inf at 0
 
     def correct(euler: Array) -> Array:
-        end = predictor(euler.astype(x.dtype), jnp.broadcast_to(s, x.shape[:1]))
-        return x + 0.5 * (s - t) * (slope + _velocity(end, s, schedule))
+        end = predictor(euler.astype(x.dtype), jnp.broadcast_to(end_time, x.shape[:1]))
+        return (start + 0.5 * (s - t) * (slope + _velocity(end, end_time, schedule))).astype(euler.dtype)
 
-    return jax.lax.cond(schedule.sigma(s) > 0, correct, lambda euler: euler, euler)
+    return jax.lax.cond(noisy, correct, lambda euler: euler, euler)
 
 
 def euler(schedule: Schedule) -> Stepper:
     """Euler's method in time, first order; on `ve`, `edm` and `rectified_flow` it is DDIM.
 
+    `x_s = x + (s - t) (alpha' D + sigma' eps)`. One evaluation a step; it may start at `alpha = 0`.
+
     Reference: Score-Based Generative Modeling through SDEs, arXiv:2011.13456.
     """
 
     def step(key, x, prediction, t, s, carry, predictor):
-        return x + (s - t) * _velocity(prediction, t, schedule), carry
+        return _start(prediction, t, schedule) + (s - t) * _velocity(prediction, t, schedule), carry
 
     return Stepper(lambda x: (), step)
 
 
 def heun(schedule: Schedule) -> Stepper:
-    """Heun's method in time, second order, two evaluations a step and one in the last step to `sigma = 0`.
+    """Heun's method in time, second order: the mean of the velocities at both ends of an Euler step.
+
+    Two evaluations a step, one in the last step to `sigma = 0`. It may start at `alpha = 0`.
 
     Reference: Elucidating the Design Space of Diffusion-Based Generative Models, arXiv:2206.00364.
     """
@@ -62,7 +78,7 @@ def edm_stochastic(
 
     `t^ = t (1 + min(churn / n, sqrt 2 - 1))` while `sigma_low <= t <= sigma_high`, else `t^ = t`;
     `x^ = x + sqrt(t^^2 - t^2) noise_scale z`. Without churn it is `heun`. The prediction at `(x, t)` is not used, and
-    under `jit` not computed; two evaluations a step are.
+    not computed once compiled; two evaluations a step are, one in the last step to `sigma = 0`.
 
     Args:
       schedule: `ve` or `edm`, where time is the noise level.
@@ -77,9 +93,10 @@ def edm_stochastic(
 
     def step(key, x, prediction, t, s, carry, predictor):
         active = (t >= sigma_low) & (t <= sigma_high)
-        t_hat = t * (1 + jnp.where(active, jnp.minimum(churn / n, math.sqrt(2) - 1), 0.0))
-        noise = noise_scale * jax.random.normal(key, x.shape, x.dtype)
-        x_hat = (x + jnp.sqrt(t_hat**2 - t**2) * noise).astype(x.dtype)
+        gamma = jnp.where(active, jnp.minimum(churn / n, math.sqrt(2) - 1), 0.0)
+        t_hat = t * (1 + gamma)
+        added = t * safe_sqrt(gamma * (2 + gamma))  # sqrt(t_hat^2 - t^2)
+        x_hat = (x + added * noise_scale * jax.random.normal(key, x.shape, x.dtype)).astype(x.dtype)
         prediction = predictor(x_hat, jnp.broadcast_to(t_hat, x.shape[:1]))
         return _heun_step(x_hat, prediction, t_hat, s, predictor, schedule), carry
 

@@ -1,0 +1,57 @@
+"""An exact one-dimensional testbed: the mixture's predictor in a few lines, and the flow that it should follow."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import Array
+from jax.scipy.stats import norm
+
+from esscher.core.contracts import Prediction
+from esscher.core.exact import GaussianMixture
+
+
+class Line(NamedTuple):
+    """A Gaussian mixture on the line, which compiles faster than the general one that it is tested to equal."""
+
+    weights: Array  # [K]
+    means: Array  # [K]
+    variances: Array  # [K]
+
+    def mixture(self):
+        return GaussianMixture(jnp.log(self.weights), self.means[:, None], self.variances[:, None, None])
+
+    def predictor(self, schedule):
+        def predict(x, t):
+            alpha, sigma = schedule.alpha(t)[:, None], schedule.sigma(t)[:, None]
+            variances = alpha**2 * self.variances + sigma**2
+            errors = (x - alpha * self.means) / variances  # [B, K]
+            share = jax.nn.softmax(jnp.log(self.weights / jnp.sqrt(variances)) - 0.5 * variances * errors**2)
+            data = jnp.sum(share * (self.means + alpha * self.variances * errors), -1, keepdims=True)
+            return Prediction(data, sigma * jnp.sum(share * errors, -1, keepdims=True))
+
+        return predict
+
+    def flow(self, schedule, x, t, s):
+        """`x_s` on the probability flow through `x_t`: on the line it keeps the order, so it matches quantiles."""
+        level, low, high = self._cdf(schedule, x, t), jnp.full_like(x, -30.0), jnp.full_like(x, 30.0)
+
+        def halve(_, bracket):
+            low, high = bracket
+            middle = 0.5 * (low + high)
+            below = self._cdf(schedule, middle, s) < level
+            return jnp.where(below, middle, low), jnp.where(below, high, middle)
+
+        return jax.lax.fori_loop(0, 70, halve, (low, high))[0]
+
+    def _cdf(self, schedule, x, t):
+        alpha, sigma = schedule.alpha(jnp.asarray(t)), schedule.sigma(jnp.asarray(t))
+        scale = jnp.sqrt(alpha**2 * self.variances + sigma**2)
+        return jnp.sum(self.weights * norm.cdf(x, alpha * self.means, scale), -1, keepdims=True)
+
+
+@pytest.fixture
+def line():
+    """Two modes of unequal weight and width; double precision where `x64` comes before."""
+    return Line(jnp.array([0.3, 0.7]), jnp.array([-1.0, 1.5]), jnp.array([0.2, 0.35]))

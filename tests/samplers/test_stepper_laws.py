@@ -1,0 +1,196 @@
+"""What every stepper obeys: both ends of every schedule, transformations, precisions, and its number of evaluations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from esscher.core import schedules
+from esscher.core.contracts import Prediction
+from esscher.samplers import guidance, integrate, steppers
+
+EDM, COSINE, VP, FLOW = schedules.edm(), schedules.cosine(), schedules.vp_linear(), schedules.rectified_flow()
+
+DETERMINISTIC = {
+    "euler": steppers.euler,
+    "heun": steppers.heun,
+    "ddim": steppers.ddim,
+    "dpm_solver_2": steppers.dpm_solver_2,
+    "dpm_solver_3": steppers.dpm_solver_3,
+    "dpm_solver_pp_2m": steppers.dpm_solver_pp_2m,
+    "unipc2": steppers.unipc,
+    "unipc3_bh1": lambda schedule: steppers.unipc(schedule, 3, variant="bh1"),
+}
+STOCHASTIC = {
+    "ancestral": steppers.ancestral,
+    "edm_stochastic": lambda schedule: steppers.edm_stochastic(schedule, 12),
+    "sde_dpm_solver_pp_2m": steppers.sde_dpm_solver_pp_2m,
+}
+STEPPERS = DETERMINISTIC | STOCHASTIC
+each_stepper = pytest.mark.parametrize("name", STEPPERS)
+key = jax.random.key
+
+
+def chosen(index):
+    """The schedule that a traced index picks, so that one compilation serves all that start at time 1."""
+    fields = zip(*(schedule[:-1] for schedule in (COSINE, VP, FLOW)), strict=True)
+    pick = lambda field: lambda t: jax.lax.select_n(index, *(f(t) for f in field))  # noqa: E731
+    return schedules.Schedule(*map(pick, fields), t_max=1.0)
+
+
+@each_stepper
+def test_paths_from_pure_noise_to_data_end_near_the_data(line, name):
+    """In single precision, on the usual grids: all end at sigma = 0, cosine's and the flow's begin at alpha = 0."""
+
+    def check(schedule, times, run):
+        x = jnp.linspace(-1.5, 1.5, 7)[:, None] * schedule.sigma(times[0])
+        end = run(x)
+        if name in STOCHASTIC:
+            assert np.all(np.abs(end) < 4)
+            return
+        with jax.enable_x64(True):
+            truth = jax.tree.map(lambda field: field.astype(float), line).flow(schedule, x.astype(float), times[0], 0.0)
+        worst = float(np.abs(end - truth).max())
+        assert worst < (0.4 if name in ("euler", "ddim") else 0.2), worst
+
+    times = schedules.edm_times(20)
+    run = jax.jit(lambda x: integrate(key(0), STEPPERS[name](EDM), line.predictor(EDM), x, times))
+    check(EDM, times, run)
+    if name == "edm_stochastic":  # made for noise levels as times
+        return
+    times = schedules.uniform_times(20)
+
+    @jax.jit
+    def run(index, x):
+        return integrate(key(0), STEPPERS[name](chosen(index)), line.predictor(chosen(index)), x, times)
+
+    for index, schedule in enumerate((COSINE, VP, FLOW)):
+        check(schedule, times, lambda x, index=index: run(index, x))
+
+
+@each_stepper
+def test_gradients_agree_with_finite_differences_and_jit_with_eager(x64, line, name):
+    """With respect to the model, the start and the inner times; finite for the ends of the grid too.
+
+    Under vmap over grids, where every `cond` computes both branches, and the one not taken must not poison the other.
+    """
+    schedule, times = FLOW, schedules.shift_time(schedules.uniform_times(4).astype(float), 1.7)
+    if name == "edm_stochastic":
+        schedule, times = EDM, schedules.edm_times(4).astype(float)
+    start = jnp.array([[-0.9], [0.2], [1.4]]) * schedule.sigma(times[0])
+    theta = {"means": jnp.asarray(line.means), "x": start, "times": times}
+    directions = {
+        "means": jnp.array([0.7, -0.4]),
+        "x": schedule.sigma(times[0]) * jnp.array([[1.0], [-0.5], [0.3]]),
+        "times": times * jnp.array([0.0, 0.3, -0.2, 0.1, 0.0]),
+    }
+
+    def loss(theta):
+        law = line._replace(means=theta["means"])
+        x = integrate(key(0), STEPPERS[name](schedule), law.predictor(schedule), theta["x"], theta["times"])
+        return jnp.sum(jnp.sin(2 * x))
+
+    moves = [(part, size) for part in theta for size in (1e-5, -1e-5)]
+    moved = [theta, *(theta | {part: theta[part] + size * directions[part]} for part, size in moves)]
+    stack = lambda thetas: jax.tree.map(lambda *leaves: jnp.stack(leaves), *thetas)  # noqa: E731
+    values = jax.jit(jax.vmap(loss))(stack(moved))
+    gradient = jax.tree.map(lambda g: g[0], jax.jit(jax.vmap(jax.grad(loss)))(stack(moved[:2])))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    for part, (up, down) in zip(theta, values[1:].reshape(-1, 2), strict=True):
+        along = jnp.sum(gradient[part] * directions[part])
+        np.testing.assert_allclose(along, (up - down) / 2e-5, rtol=2e-6, atol=1e-7, err_msg=part)
+    with jax.disable_jit():
+        np.testing.assert_allclose(loss(theta), values[0], rtol=1e-10)
+
+
+HYPERPARAMETERS = {
+    "ddim": lambda h: steppers.ddim(EDM, eta=h),
+    "edm_stochastic_churn": lambda h: steppers.edm_stochastic(EDM, 3, 3 * h, 0.5 * h, 40 + h, 1 + 0.1 * h),
+    "dpm_solver_2": lambda h: steppers.dpm_solver_2(EDM, r1=0.3 + 0.5 * h),
+    "dpm_solver_3": lambda h: steppers.dpm_solver_3(EDM, r1=0.2 + 0.3 * h, r2=0.7),
+}
+GUIDANCE = {
+    "cfg": lambda c, u, h: guidance.cfg(c, u, 3 * h),
+    "interval": lambda c, u, h: guidance.cfg(c, u, guidance.interval(2 * h, h, 1 + h)),
+    "cfg_plus_plus": lambda c, u, h: guidance.cfg_plus_plus(c, u, h),
+    "mix": lambda c, u, h: guidance.mix((c, u, c), (h, -h)),
+    "rescale": lambda c, u, h: guidance.rescale(guidance.cfg(c, u, 3.0), c, h, EDM),
+    "classifier": lambda c, u, h: guidance.classifier(u, lambda x, t: -jnp.sum(x**2, -1), h, EDM),
+}
+
+
+@pytest.mark.parametrize("name", [*HYPERPARAMETERS, *GUIDANCE])
+def test_a_float_hyperparameter_is_traced_and_vmapped(line, name):
+    """One compilation serves all values, and vmap over them equals the loop."""
+    cond, uncond = line._replace(weights=np.array([0.05, 0.95])).predictor(EDM), line.predictor(EDM)
+    values, x = jnp.array([0.2, 0.5, 1.0]), jnp.array([[-1.0], [3.0]])
+
+    def run(h):
+        stepper = HYPERPARAMETERS[name](h) if name in HYPERPARAMETERS else steppers.ddim(EDM)
+        predictor = GUIDANCE[name](cond, uncond, h) if name in GUIDANCE else uncond
+        return integrate(key(1), stepper, predictor, x, jnp.array([3.0, 1.2, 0.4, 0.0]))
+
+    compiled = jax.jit(run)
+    loop = jnp.stack([compiled(h) for h in values])
+    assert compiled._cache_size() == 1
+    np.testing.assert_allclose(jax.jit(jax.vmap(run))(values), loop, rtol=1e-4, atol=1e-5)
+    if name not in ("mix", "rescale"):  # whose pulls cancel here: a mix of +h and -h of one and the same, events of 1
+        assert np.all(np.abs(np.diff(loop, axis=0)).max(axis=(1, 2)) > 1e-4)
+
+
+EVALUATIONS = {
+    "heun": (2, 1),
+    "dpm_solver_2": (2, 1),
+    "dpm_solver_3": (3, 1),
+    "edm_stochastic": (2, 1),
+}
+
+
+@each_stepper
+def test_evaluations_are_as_documented(line, name):
+    """One a step but for the exceptions above: (in an inner step, in the last step to sigma = 0)."""
+    calls = []
+
+    def counted(x, t):
+        out = line.predictor(EDM)(x, t)
+        shape = jax.ShapeDtypeStruct((), x.dtype)
+        # A pure callback may be dropped with the evaluation it belongs to, as an unused evaluation is.
+        zero = jax.pure_callback(lambda _: (calls.append(1), np.zeros((), x.dtype))[1], shape, t[0])
+        return Prediction(out.data + zero, out.noise + zero)
+
+    times = schedules.edm_times(4)
+    jax.jit(lambda x: integrate(key(0), STEPPERS[name](EDM), counted, x, times))(jnp.ones((2, 1))).block_until_ready()
+    inner, last = EVALUATIONS.get(name, (1, 1))
+    assert len(calls) == 3 * inner + last
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_bfloat16_states_stay_near_float32_and_keep_their_type(line, name):
+    """Within 3% of the data's scale, twelve steps from sigma = 3 down: rounding is 0.4% a step, and contracts."""
+    x, times = jnp.linspace(-3, 3, 7)[:, None], schedules.edm_times(12, sigma_max=3.0)
+    run = jax.jit(lambda x: integrate(key(0), DETERMINISTIC[name](EDM), line.predictor(EDM), x, times))
+    short = run(x.astype(jnp.bfloat16))
+    assert short.dtype == jnp.bfloat16
+    np.testing.assert_allclose(short.astype(jnp.float32), run(x), atol=0.03 * 1.5)
+
+
+@pytest.mark.parametrize("name", ["heun", "dpm_solver_pp_2m", "unipc3_bh1"])
+def test_the_batch_may_be_permuted_and_sharded(line, name):
+    """Over eight devices in `shard_map`, where branches, histories and scalars must vary as they should."""
+    x, times = jnp.linspace(-1.5, 1.5, 8)[:, None], schedules.uniform_times(4)
+    run = lambda x: integrate(key(0), STEPPERS[name](FLOW), line.predictor(FLOW), x, times)  # noqa: E731
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    sharded = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data")))
+    compiled = jax.jit(run)
+    np.testing.assert_allclose(compiled(x[::-1]), compiled(x)[::-1], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(sharded(x), compiled(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_the_key_decides_the_sample(line, name):
+    x, times = jnp.ones((4, 1)), schedules.edm_times(3, sigma_max=2.0)
+    run = jax.jit(lambda key: integrate(key, STEPPERS[name](EDM), line.predictor(EDM), x, times))
+    np.testing.assert_array_equal(run(key(0)), run(key(0)))
+    assert np.abs(run(key(0)) - run(key(1))).min() > 0
+    assert np.unique(run(key(0))).size == 4  # each example has noise of its own
