@@ -1,0 +1,35 @@
+# Both commands need Python 3.11+ and make, nothing else. They install into .venv once and reuse it.
+PYTHON ?= $(firstword $(shell command -v python3.13 python3.12 python3.11 python3 2>/dev/null))
+BIN := .venv/bin
+# The environment made here holds JAX for CPU; TPU_SETUP.md says how to use an accelerator.
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: demo test lint bench methods clean
+
+demo: .venv/demo.stamp  ## Learn handwritten digits, then sample them guided (about 6 minutes on 2 cores).
+	$(BIN)/esscher digits --name demo $(FLAGS)
+
+test: .venv/test.stamp  ## Run the tests.
+	$(BIN)/python -m pytest -n 2 $(FLAGS)
+
+lint: .venv/test.stamp  ## Check style; `ruff format .` and `ruff check --fix .` mend most of it.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: .venv/test.stamp  ## Measure against peers, in one run each; installs torch and diffusers.
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[experiments,dev,peers]'
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+methods: .venv/test.stamp  ## Write METHODS.md anew from the docstrings.
+	$(BIN)/python tools/methods.py > METHODS.md
+
+clean:  ## Remove the environment and the caches, not the runs.
+	rm -rf .venv .jax_cache .pytest_cache .ruff_cache *.egg-info
+
+.venv/demo.stamp: EXTRAS := experiments
+.venv/test.stamp: EXTRAS := experiments,dev,tpu
+.venv/%.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "esscher needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@
