@@ -76,7 +76,9 @@ def test_cfg_plus_plus_inverts_where_cfg_does_not(line):
     Two well separated classes, one of them asked for, data from both, whose spread is 1: CFG++ misses the data by less
     than 0.25 and 0.75, CFG by 2.5 and 7.5, more than eight times as much.
     """
-    classes = line._replace(weights=jnp.array([0.5, 0.5]), means=jnp.array([-1.0, 1.0]), variances=jnp.array([0.05, 0.05]))
+    classes = line._replace(
+        weights=jnp.array([0.5, 0.5]), means=jnp.array([-1.0, 1.0]), variances=jnp.array([0.05, 0.05])
+    )
     only_second = type(line)(jnp.ones(1), classes.means[1:], classes.variances[1:])
     cond, uncond = only_second.predictor(VP), classes.predictor(VP)
     x, times = classes.mixture().sample(jax.random.key(0), 200), schedules.uniform_times(10)
