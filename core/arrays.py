@@ -5,7 +5,16 @@ from typing import Literal
 import jax.numpy as jnp
 from jax import Array
 
-__all__ = ["Reduce", "expand_like", "reduce_events", "squared_norm"]
+__all__ = [
+    "Reduce",
+    "at_least_float32",
+    "check_floating",
+    "check_per_example",
+    "check_same_shape",
+    "expand_like",
+    "reduce_events",
+    "squared_norm",
+]
 
 Reduce = Literal["mean", "sum"]
 
@@ -24,11 +33,39 @@ def reduce_events(x: Array, reduce: Reduce) -> Array:
     """
     if reduce not in ("mean", "sum"):
         raise ValueError(f'reduce must be "mean" or "sum", got {reduce!r}')
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    axes = tuple(range(1, x.ndim))
-    return x.mean(axes, dtype=dtype) if reduce == "mean" else x.sum(axes, dtype=dtype)
+    x, axes = at_least_float32(x), tuple(range(1, x.ndim))
+    return x.mean(axes) if reduce == "mean" else x.sum(axes)
 
 
 def squared_norm(x: Array, reduce: Reduce = "sum") -> Array:
     """Squared Euclidean norm of each example, `[B, ...] -> [B]`; with `reduce="mean"` divided by the dimension."""
-    return reduce_events(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32))), reduce)
+    return reduce_events(jnp.square(at_least_float32(x)), reduce)
+
+
+def at_least_float32(x: Array) -> Array:
+    """The array in float32, or in its own type if that is wider."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+# --- checks, at trace time; the keyword is the argument's name in the message -----------------------------------------
+
+
+def check_floating(**arrays: Array) -> None:
+    """Raises a ValueError unless all arrays are of a floating type."""
+    for name, array in arrays.items():
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name} must be of a floating type, got {array.dtype}")
+
+
+def check_same_shape(**arrays: Array) -> None:
+    """Raises a ValueError unless all arrays have one shape."""
+    if len({array.shape for array in arrays.values()}) > 1:
+        raise ValueError(f"must have one shape: {', '.join(f'{name} {a.shape}' for name, a in arrays.items())}")
+
+
+def check_per_example(x: Array, **values: float | Array) -> None:
+    """Raises a ValueError unless all values are scalars or have one entry for each example of `x[B, ...]`."""
+    for name, value in values.items():
+        if jnp.shape(value) not in ((), x.shape[:1]):
+            raise ValueError(f"{name} must be a scalar or have shape {x.shape[:1]}, got {jnp.shape(value)}")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from esscher.core.arrays import reduce_events
+from esscher.core.arrays import at_least_float32, reduce_events
 
 __all__ = ["Probe", "divergence", "draw_probes", "hutchinson_divergence", "value_and_quadratic_form"]
 
@@ -83,7 +83,7 @@ def value_and_quadratic_form(fn: Callable[[Array], Array], x: Array, v: Array) -
         raise ValueError(f"v must have the shape of x {x.shape}, got {v.shape}")
     _check_field(fn, x)
     value, tangent = jax.jvp(fn, (x,), (v,))
-    return value, reduce_events(v.astype(jnp.promote_types(v.dtype, jnp.float32)) * tangent, "sum")
+    return value, reduce_events(at_least_float32(v) * tangent, "sum")
 
 
 def draw_probes(key: Array, x: Array, n: int, distribution: Probe = "rademacher") -> Array:

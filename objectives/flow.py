@@ -12,7 +12,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from esscher.core import schedules
-from esscher.core.arrays import Reduce, expand_like
+from esscher.core.arrays import (
+    Reduce,
+    at_least_float32,
+    check_floating,
+    check_per_example,
+    check_same_shape,
+    expand_like,
+)
 from esscher.core.schedules import Schedule
 from esscher.objectives.score import denoising_loss, regression_loss
 
@@ -200,7 +207,7 @@ def interpolant_velocity_loss(
     Reference: Stochastic Interpolants: A Unifying Framework for Flows and Diffusions, arXiv:2303.08797.
     """
     _check(t, velocity=velocity, start=start, end=end, noise=noise)
-    start, end, noise, t = (jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32)) for x in (start, end, noise, t))
+    start, end, noise, t = map(at_least_float32, (start, end, noise, t))
     target = _combine(interpolant[3:], start, end, noise, t)
     return regression_loss(velocity, target, weight=weight, reduce=reduce)
 
@@ -236,12 +243,6 @@ def _combine(functions: tuple[Callable, ...], start: Array, end: Array, noise: A
 
 
 def _check(t: float | Array, **arrays: Array) -> None:
-    shapes = {name: array.shape for name, array in arrays.items()}
-    if len(set(shapes.values())) > 1:
-        raise ValueError(f"must have one shape: {', '.join(f'{name} {shape}' for name, shape in shapes.items())}")
-    for name, array in {**arrays, "t": jnp.asarray(t)}.items():
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{name} must be of a floating type, got {array.dtype}")
-    batch = next(iter(shapes.values()))[:1]
-    if jnp.shape(t) not in ((), batch):
-        raise ValueError(f"t must be a scalar or have shape {batch}, got {jnp.shape(t)}")
+    check_floating(**arrays, t=jnp.asarray(t))
+    check_same_shape(**arrays)
+    check_per_example(next(iter(arrays.values())), t=t)

@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jax import Array
 
+from esscher.core.arrays import at_least_float32
+
 __all__ = ["frechet_distance", "frechet_distance_from_moments"]
 
 
@@ -58,14 +60,14 @@ def frechet_distance_from_moments(mean_x: Array, cov_x: Array, mean_y: Array, co
         if given[name].shape != shape or not jnp.issubdtype(given[name].dtype, jnp.floating):
             got = f"{given[name].dtype}{list(given[name].shape)}"
             raise ValueError(f"{name} must be floating and have shape {shape}, got {got}")
-    mean_x, cov_x, mean_y, cov_y = (_at_least_float32(array) for array in given.values())
+    mean_x, cov_x, mean_y, cov_y = (at_least_float32(array) for array in given.values())
     # The roots' singular values are the eigenvalues' roots, but lose half as many digits where those are near zero.
     coupling = jnp.linalg.svd(_square_root(cov_x) @ _square_root(cov_y), compute_uv=False).sum()
     return jnp.sum((mean_x - mean_y) ** 2) + jnp.trace(cov_x) + jnp.trace(cov_y) - 2 * coupling
 
 
 def _moments(x: Array) -> tuple[Array, Array]:
-    x = _at_least_float32(x)
+    x = at_least_float32(x)
     mean = x.mean(0)
     centered = x - mean
     return mean, centered.T @ centered / (x.shape[0] - 1)
@@ -74,7 +76,3 @@ def _moments(x: Array) -> tuple[Array, Array]:
 def _square_root(covariance: Array) -> Array:
     values, vectors = jnp.linalg.eigh(covariance)
     return vectors * jnp.sqrt(jnp.maximum(values, 0)) @ vectors.T
-
-
-def _at_least_float32(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -16,7 +16,16 @@ import jax.numpy as jnp
 from jax import Array
 
 from esscher.core import autodiff, schedules
-from esscher.core.arrays import Reduce, expand_like, reduce_events, squared_norm
+from esscher.core.arrays import (
+    Reduce,
+    at_least_float32,
+    check_floating,
+    check_per_example,
+    check_same_shape,
+    expand_like,
+    reduce_events,
+    squared_norm,
+)
 from esscher.core.schedules import Parameterization, Schedule
 
 __all__ = [
@@ -56,10 +65,10 @@ def regression_loss(prediction: Array, target: Array, *, weight: float | Array =
     Raises:
       ValueError: shapes that differ, arrays that are not floating, `weight` neither scalar nor `[B]`.
     """
-    _check_floating(prediction=prediction, target=target)
-    _check_same_shape(prediction=prediction, target=target)
-    _check_per_example(prediction, weight=weight)
-    return weight * squared_norm(_at_least_float32(prediction) - _at_least_float32(target), reduce)
+    check_floating(prediction=prediction, target=target)
+    check_same_shape(prediction=prediction, target=target)
+    check_per_example(prediction, weight=weight)
+    return weight * squared_norm(at_least_float32(prediction) - at_least_float32(target), reduce)
 
 
 def denoising_loss(
@@ -90,14 +99,14 @@ def denoising_loss(
 
     Reference: Denoising Diffusion Probabilistic Models, arXiv:2006.11239.
     """
-    _check_floating(prediction=prediction, data=data, noise=noise, t=jnp.asarray(t))
-    _check_same_shape(prediction=prediction, data=data, noise=noise)
-    _check_per_example(data, t=t)
-    t = _at_least_float32(t)
+    check_floating(prediction=prediction, data=data, noise=noise, t=jnp.asarray(t))
+    check_same_shape(prediction=prediction, data=data, noise=noise)
+    check_per_example(data, t=t)
+    t = at_least_float32(t)
     p, q = schedules.coefficients(parameterization, t, schedule)
     if parameterization == "score":
         q = -q / schedule.sigma(t)
-    truth = expand_like(p, data) * _at_least_float32(data) + expand_like(q, data) * _at_least_float32(noise)
+    truth = expand_like(p, data) * at_least_float32(data) + expand_like(q, data) * at_least_float32(noise)
     return regression_loss(prediction, truth, weight=weight, reduce=reduce)
 
 
@@ -115,9 +124,9 @@ def edm_loss(
 
     Reference: Elucidating the Design Space of Diffusion-Based Generative Models, arXiv:2206.00364.
     """
-    _check_floating(denoised=denoised, data=data, sigma=jnp.asarray(sigma))
-    _check_same_shape(denoised=denoised, data=data)
-    _check_per_example(data, sigma=sigma)
+    check_floating(denoised=denoised, data=data, sigma=jnp.asarray(sigma))
+    check_same_shape(denoised=denoised, data=data)
+    check_per_example(data, sigma=sigma)
     weight = edm_weight(sigma, schedules.edm(), parameterization="data", sigma_data=sigma_data)
     return regression_loss(denoised, data, weight=weight, reduce=reduce)
 
@@ -241,7 +250,7 @@ class _Logs(NamedTuple):
 
 
 def _logs(t: Array, schedule: Schedule) -> _Logs:
-    t = _at_least_float32(t)
+    t = at_least_float32(t)
     a, s, a_dot, s_dot = (f(t) for f in (schedule.alpha, schedule.sigma, schedule.alpha_dot, schedule.sigma_dot))
     snr = jnp.clip(2 * schedule.log_snr_half(t), -_LARGEST_LOG_SNR, _LARGEST_LOG_SNR)
     scale, wronskian = jnp.log(a**2 + s**2), jnp.log(a * s_dot - a_dot * s)
@@ -309,7 +318,7 @@ def sliced_score_matching_loss(
 
     def one(v: Array) -> Array:
         score, curvature = autodiff.value_and_quadratic_form(score_fn, x, v)
-        norm = squared_norm(score) if variance_reduced else reduce_events(v * _at_least_float32(score), "sum") ** 2
+        norm = squared_norm(score) if variance_reduced else reduce_events(v * at_least_float32(score), "sum") ** 2
         return curvature + 0.5 * norm
 
     return jax.vmap(one)(autodiff.draw_probes(key, x, n_projections)).mean(0)
@@ -343,9 +352,9 @@ def multiplicative_noise(
 
     Reference: Dale meets Langevin: A Multiplicative Denoising Diffusion Model, arXiv:2510.02730.
     """
-    _check_floating(data=data, noise=noise)
-    _check_same_shape(data=data, noise=noise)
-    _check_per_example(data, t=t)
+    check_floating(data=data, noise=noise)
+    check_same_shape(data=data, noise=noise)
+    check_per_example(data, t=t)
     drift = expand_like((mu - 0.5 * sigma**2) * t, data)
     return data * jnp.exp(drift + expand_like(sigma * jnp.sqrt(t), data) * noise)
 
@@ -369,30 +378,8 @@ def multiplicative_denoising_loss(
 
     Reference: Dale meets Langevin: A Multiplicative Denoising Diffusion Model, arXiv:2510.02730.
     """
-    _check_floating(prediction=prediction, noise=noise)
-    _check_same_shape(prediction=prediction, noise=noise)
-    _check_per_example(prediction, t=t)
-    spread = expand_like(sigma * jnp.sqrt(_at_least_float32(t)), prediction)
-    return squared_norm(spread * (_at_least_float32(prediction) + 1) + _at_least_float32(noise), reduce)
-
-
-def _at_least_float32(x: Array) -> Array:
-    x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _check_floating(**arrays: Array) -> None:
-    for name, array in arrays.items():
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{name} must be of a floating type, got {array.dtype}")
-
-
-def _check_same_shape(**arrays: Array) -> None:
-    if len({array.shape for array in arrays.values()}) > 1:
-        raise ValueError(f"must have one shape: {', '.join(f'{name} {a.shape}' for name, a in arrays.items())}")
-
-
-def _check_per_example(x: Array, **values: float | Array) -> None:
-    for name, value in values.items():
-        if jnp.shape(value) not in ((), x.shape[:1]):
-            raise ValueError(f"{name} must be a scalar or have shape {x.shape[:1]}, got {jnp.shape(value)}")
+    check_floating(prediction=prediction, noise=noise)
+    check_same_shape(prediction=prediction, noise=noise)
+    check_per_example(prediction, t=t)
+    spread = expand_like(sigma * jnp.sqrt(at_least_float32(t)), prediction)
+    return squared_norm(spread * (at_least_float32(prediction) + 1) + at_least_float32(noise), reduce)
