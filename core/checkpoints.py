@@ -153,8 +153,11 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self._policy,
                 cleanup_tmp_directories=True,  # what a killed process left half-written
-                lightweight_initialize=True,  # Orbax would read the metrics and fall over a damaged file
-                async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_record),
+                lightweight_initialize=True,  # else a damaged metadata file of Orbax's own stops it
+                async_options=ocp.options.AsyncOptions(
+                    post_finalization_callback=self._write_record,
+                    create_directories_asynchronously=False,  # else a save that fails leaves threads that bar the exit
+                ),
             ),
         )
 
@@ -207,7 +210,8 @@ class Checkpoints:
             self._pending = self._last = None
             self._policy.scores.pop(step, None)
             if self._manager is not None:
-                self._manager.reload()
+                with contextlib.suppress(ValueError):  # of a damaged file: the full disk is the news
+                    self._manager.reload()
             raise self._failure(step, os.strerror(int(code[1])) if code else str(error)) from error
 
     def _failure(self, step: int, reason: str) -> UsageError:

@@ -1,6 +1,6 @@
-"""What a run leaves behind: its folder, metrics, progress on the terminal, figures and a report.
+"""What a run leaves behind: its folder, metrics, progress on the terminal, and a report.
 
-Only process 0 writes; the others may make the same calls. Figures use Matplotlib's object interface, no global state.
+Only process 0 writes; the others may make the same calls.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,9 +21,6 @@ import numpy as np
 from esscher.core.errors import UsageError
 
 __all__ = [
-    "Panel",
-    "image_grid",
-    "lines",
     "log_metrics",
     "open_run",
     "picture",
@@ -32,10 +29,12 @@ __all__ = [
     "read_metrics",
     "table",
     "write_report",
+    "writes",
 ]
 
 
-def _writes() -> bool:
+def writes() -> bool:
+    """Whether this process is the one that writes files and prints."""
     return jax.process_index() == 0
 
 
@@ -84,7 +83,7 @@ def open_run(
     try:
         if path.exists():
             _refuse_other(folder, _flat(json.loads(path.read_text())), _flat(mine), may_change)
-        if _writes():
+        if writes():
             (folder / "figures").mkdir(parents=True, exist_ok=True)
             _write_text(path, json.dumps(mine, indent=2) + "\n")
     except OSError as error:
@@ -137,7 +136,7 @@ def log_metrics(folder: pathlib.Path, resumed_step: int = -1) -> Iterator[Callab
       folder: the run's.
       resumed_step: the step of the checkpoint; -1 for a fresh start, which empties the file.
     """
-    if not _writes():
+    if not writes():
         yield lambda step, values: None
         return
     from tensorboardX import SummaryWriter
@@ -160,7 +159,8 @@ def log_metrics(folder: pathlib.Path, resumed_step: int = -1) -> Iterator[Callab
                 array = np.asarray(value, np.float64)
                 line[name] = np.where(np.isfinite(array), array, None).tolist()
                 for index, x in np.ndenumerate(array):
-                    events.add_scalar("/".join([name, *map(str, index)]), x, step)
+                    if np.isfinite(x):  # at anything else tensorboardX prints a warning
+                        events.add_scalar("/".join([name, *map(str, index)]), x, step)
             file.write(json.dumps(line) + "\n")
 
         yield write
@@ -202,7 +202,7 @@ def progress(total: int, *, start: int = 0, label: str = "training") -> Iterator
       start: the number taken before.
       label: what is going on.
     """
-    if not _writes():
+    if not writes():
         yield lambda step, **values: None
         return
     bar = _bar(total, start, label) if sys.stdout.isatty() else contextlib.nullcontext(_Lines(total, start, label))
@@ -267,7 +267,7 @@ def _duration(seconds: float) -> str:
 
 def print_results(folder: pathlib.Path) -> None:
     """Prints where the report and the pictures of a run are."""
-    if _writes():
+    if writes():
         print(f"report   {folder / 'report.md'}")
         for path in sorted((folder / "figures").glob("*.png")):
             print(f"picture  {path}")
@@ -305,142 +305,7 @@ def picture(path: pathlib.Path, folder: pathlib.Path, caption: str) -> str:
 def write_report(folder: pathlib.Path, title: str, sections: Mapping[str, str]) -> pathlib.Path:
     """Writes `report.md` from Markdown sections by their headings, and returns its path."""
     path = folder / "report.md"
-    if _writes():
+    if writes():
         parts = [f"# {title}", *(f"## {heading}\n\n{body.strip()}" for heading, body in sections.items())]
         _write_text(path, "\n\n".join(parts) + "\n")
-    return path
-
-
-# --- figures ----------------------------------------------------------------------------------------------------------
-
-
-class Panel(NamedTuple):
-    """Axes of a figure made by `lines`."""
-
-    series: Mapping[str, tuple]  # label -> (x[n], y[n]) or (x[n], y[n], standard_error[n])
-    xlabel: str
-    ylabel: str
-    log_x: bool = False  # with a tick at every x that occurs
-    log_y: bool = False
-    references: Mapping[str, float] = {}  # horizontal lines
-
-
-def lines(path: pathlib.Path, *panels: Panel) -> pathlib.Path:
-    """Draws panels side by side with one legend: training curves, or quality against effort.
-
-    A label has one colour in all panels. Few points get markers, errors become bars, and where there are more than a
-    dozen labels, as in a sweep, the colours run along a scale and the legend names some of them.
-    """
-    if not _writes():
-        return path
-    figure = _figure((4.4 * len(panels) + 1.6, 3.2), layout="constrained")
-    styles = _styles(list(dict.fromkeys(label for panel in panels for label in panel.series)))
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        _draw(axes, panel, styles)
-    handles: dict[str, Any] = {}
-    for axes in figure.axes:
-        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    named = list(styles)[:: math.ceil(len(styles) / 12)]
-    if len(named) > 1:
-        figure.legend([handles[label] for label in named], named, loc="outside right center", frameon=False)
-    return _save(figure, path)
-
-
-def _styles(labels: list[str]) -> dict[str, dict[str, Any]]:
-    from matplotlib import colormaps
-
-    palette = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555"]  # Okabe and Ito's
-    if len(labels) <= 12:
-        markers = "osD^vPXo*<>h"
-        return {x: {"color": palette[i % 7], "marker": markers[i]} for i, x in enumerate(labels)}
-    scale = colormaps["viridis"](np.linspace(0, 0.92, len(labels)))
-    return {label: {"color": color, "marker": "."} for label, color in zip(labels, scale, strict=True)}
-
-
-def _draw(axes: Any, panel: Panel, styles: dict[str, dict[str, Any]]) -> None:
-    from matplotlib import patheffects, ticker
-
-    for label, (x, y, *error) in panel.series.items():
-        style = styles[label] | ({} if len(x) <= 20 else {"marker": ""})
-        axes.errorbar(x, y, *error, label=label, lw=1.4, ms=4.5, elinewidth=1, **style)
-    for label, value in panel.references.items():
-        axes.axhline(value, color="#999999", lw=1, ls=(0, (4, 3)), zorder=0)
-        halo = [patheffects.withStroke(linewidth=3, foreground="white")]
-        at = {"xycoords": ("axes fraction", "data"), "xytext": (-2, 3), "textcoords": "offset points", "ha": "right"}
-        axes.annotate(label, (1, value), color="#555555", fontsize=8, path_effects=halo, zorder=9, **at)
-    axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
-    if panel.log_y:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
-    if panel.log_x:
-        ticks = sorted({x for values in panel.series.values() for x in values[0]})
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
-    axes.grid(color="#e6e6e6", lw=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def image_grid(
-    images: np.ndarray, row_labels: Sequence[str], col_labels: Sequence[str], path: pathlib.Path
-) -> pathlib.Path:
-    """Draws a sheet of images, pixel by pixel; grey ones as ink on paper.
-
-    Args:
-      images: `[R, C, H, W, 1 or 3]` in `[-1, 1]`.
-      row_labels: one for each equal group of rows, from the top.
-      col_labels: one for each equal group of columns, from the left.
-      path: the PNG to write.
-
-    Raises:
-      ValueError: images of another rank, or labels that do not divide the rows and columns.
-    """
-    if images.ndim != 5 or images.shape[-1] not in (1, 3):
-        raise ValueError(f"images must be [R, C, H, W, 1 or 3], got {list(images.shape)}")
-    rows, cols, height, width, channels = images.shape
-    if rows % len(row_labels) or cols % len(col_labels):
-        raise ValueError(f"{len(row_labels)} and {len(col_labels)} labels must divide the {rows} x {cols} images")
-    if not _writes():
-        return path
-    scale = max(1, 32 // max(height, width))
-    tall, wide = height * scale, width * scale
-    tops, lefts = _offsets(rows, len(row_labels), tall), _offsets(cols, len(col_labels), wide)
-    canvas = np.ones((tops[-1] + tall, lefts[-1] + wide, channels))
-    tones = np.clip((1 + (images if channels == 3 else -images)) / 2, 0, 1).repeat(scale, 2).repeat(scale, 3)
-    for i, j in np.ndindex(rows, cols):
-        canvas[tops[i] : tops[i] + tall, lefts[j] : lefts[j] + wide] = tones[i, j]
-
-    dpi, above, beside = 100, 26, 20 + 7 * max(map(len, row_labels))
-    size = canvas.shape[1] + beside + 6, canvas.shape[0] + above + 6
-    figure = _figure((size[0] / dpi, size[1] / dpi), dpi=dpi)
-    axes = figure.add_axes((beside / size[0], 6 / size[1], canvas.shape[1] / size[0], canvas.shape[0] / size[1]))
-    axes.imshow(canvas.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="none", aspect="auto")
-    axes.set_axis_off()
-    for label, group in zip(row_labels, np.split(tops, len(row_labels)), strict=True):
-        axes.text(-9, (group[0] + group[-1] + tall) / 2, label, ha="right", va="center", fontsize=9)
-    for label, group in zip(col_labels, np.split(lefts, len(col_labels)), strict=True):
-        axes.text((group[0] + group[-1] + wide) / 2, -9, label, ha="center", va="bottom", fontsize=9)
-    return _save(figure, path)
-
-
-def _offsets(count: int, groups: int, extent: int) -> np.ndarray:
-    """Where each image begins, in pixels: a narrow gap between neighbours and a wide one between groups."""
-    index = np.arange(count)
-    return index * (extent + 2) + index // (count // groups) * (10 if count > groups else 2)
-
-
-def _figure(size: tuple[float, float], *, dpi: int = 150, layout: str | None = None) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(size, dpi=dpi, layout=layout)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Any, path: pathlib.Path) -> pathlib.Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Software": None})  # the same picture is the same file
     return path

@@ -20,7 +20,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from esscher.core import checkpoints, data, meshes, reporting, schedules, sweeps, training
+from esscher.core import checkpoints, data, figures, meshes, reporting, schedules, sweeps, training
 from esscher.core.errors import UsageError
 from esscher.experiments import cli, quality, sampling
 from esscher.models import dit, functional, preconditioning, unet
@@ -311,8 +311,8 @@ def _training_curves(folder: pathlib.Path, metrics: dict, sweep: sweeps.Sweep) -
         columns = values.reshape(len(steps), -1).T
         labels = sweep.labels if sweep.swept else ("this run",)
         series = {label: (steps, column) for label, column in zip(labels, columns, strict=True)}
-        panels.append(reporting.Panel(series, "training step", name.replace("_", " "), log_y=True))
-    path = reporting.lines(folder / "figures" / "training.png", *panels)
+        panels.append(figures.Panel(series, "training step", name.replace("_", " "), log_y=True))
+    path = figures.lines(folder / "figures" / "training.png", *panels)
     return reporting.picture(path, folder, "Loss in training, and of the moving average on held-out images")
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
-from esscher.core import meshes, reporting, schedules
+from esscher.core import figures, meshes, reporting, schedules
 from esscher.core.contracts import Predictor, Stepper
 from esscher.experiments.quality import Judge, agreement, distance
 from esscher.models import preconditioning
@@ -147,15 +147,16 @@ def report(
     shown = min(judge.classes, 10)
     rows = [np.concatenate([images[c :: judge.classes][:2] for c in range(shown)]) for images in sheets.values()]
     names = ["unguided" if w == 0 else f"w = {w:g}" for w in sheets]
-    figures = folder / "figures"
-    sheet = reporting.image_grid(np.stack(rows), names, [str(c) for c in range(shown)], figures / "samples.png")
+    sheet = figures.image_grid(
+        np.stack(rows), names, [str(c) for c in range(shown)], folder / "figures" / "samples.png"
+    )
     weights = [[w, q.agreement, q.distance] for w, q in guided.items()]
     table = [[name, *quality] for name, results in solvers.items() for quality in results]
     panels = [
         _against_budget(solvers, "agreement", "share in the asked class", {"real test images": judge.accuracy}),
         _against_budget(solvers, "distance", "Fréchet distance", {"real train to real test": judge.floor}, log_y=True),
     ]
-    figure = reporting.lines(figures / "solvers.png", *panels)
+    figure = figures.lines(folder / "figures" / "solvers.png", *panels)
     explanation = (
         "Conditional samples (w = 1). Agreement is the share that a classifier trained on real images puts into the "
         f"class asked for; it is right on {judge.accuracy:.1%} of the real test images. The Fréchet distance is that "
@@ -182,10 +183,10 @@ def report(
 
 def _against_budget(
     solvers: dict[str, list[Quality]], field: str, label: str, references: dict[str, float], *, log_y: bool = False
-) -> reporting.Panel:
+) -> figures.Panel:
     series = {
         name: ([q.evaluations for q in results], [getattr(q, field) for q in results])
         for name, results in solvers.items()
         if name != "reference" and results
     }
-    return reporting.Panel(series, "model evaluations", label, log_x=True, log_y=log_y, references=references)
+    return figures.Panel(series, "model evaluations", label, log_x=True, log_y=log_y, references=references)

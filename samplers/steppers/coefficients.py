@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -10,7 +11,17 @@ from jax import Array
 from esscher.core.contracts import Prediction
 from esscher.core.schedules import Schedule
 
-__all__ = ["History", "StepCoefficients", "first_order", "implied_data", "noise_levels", "phis", "step_coefficients"]
+__all__ = [
+    "History",
+    "StepCoefficients",
+    "first_order",
+    "implied_data",
+    "noise_levels",
+    "phis",
+    "safe_sqrt",
+    "standard_normal",
+    "step_coefficients",
+]
 
 
 class StepCoefficients(NamedTuple):
@@ -56,6 +67,11 @@ def noise_levels(c: StepCoefficients, eta: float | Array) -> tuple[Array, Array]
     fresh = eta * c.sigma_s * jnp.sqrt(-jnp.expm1(-2 * c.h))
     kept = (1 - eta) * (1 + eta) + eta**2 * jnp.exp(-2 * c.h)
     return c.sigma_s * safe_sqrt(kept), fresh
+
+
+def standard_normal(key: Array, x: Array) -> Array:
+    """Noise in the shape of `x`, drawn in float32 at least: a bfloat16 normal has 128 values and no tails."""
+    return jax.random.normal(key, x.shape, jnp.promote_types(x.dtype, jnp.float32))
 
 
 def safe_sqrt(x: Array) -> Array:

@@ -1,11 +1,10 @@
 """DDIM and its stochastic relatives: exact when the prediction does not change over the step."""
 
-import jax
 from jax import Array
 
 from esscher.core.contracts import Stepper
 from esscher.core.schedules import Schedule
-from esscher.samplers.steppers.coefficients import first_order, noise_levels, step_coefficients
+from esscher.samplers.steppers.coefficients import first_order, noise_levels, standard_normal, step_coefficients
 
 __all__ = ["ancestral", "ddim"]
 
@@ -29,7 +28,7 @@ def ddim(schedule: Schedule, eta: float | Array | None = None) -> Stepper:
             return first_order(prediction, c), carry
         kept, fresh = noise_levels(c, eta)
         mean = c.alpha_s * prediction.data + kept * prediction.noise
-        return mean + fresh * jax.random.normal(key, x.shape, x.dtype), carry
+        return mean + fresh * standard_normal(key, x), carry
 
     return Stepper(lambda x: (), step)
 

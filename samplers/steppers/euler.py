@@ -12,7 +12,7 @@ from jax import Array
 
 from esscher.core.contracts import Prediction, Predictor, Stepper
 from esscher.core.schedules import Schedule
-from esscher.samplers.steppers.coefficients import safe_sqrt
+from esscher.samplers.steppers.coefficients import safe_sqrt, standard_normal
 
 __all__ = ["edm_stochastic", "euler", "heun"]
 
@@ -96,7 +96,7 @@ def edm_stochastic(
         gamma = jnp.where(active, jnp.minimum(churn / n, math.sqrt(2) - 1), 0.0)
         t_hat = t * (1 + gamma)
         added = t * safe_sqrt(gamma * (2 + gamma))  # sqrt(t_hat^2 - t^2)
-        x_hat = (x + added * noise_scale * jax.random.normal(key, x.shape, x.dtype)).astype(x.dtype)
+        x_hat = (x + added * noise_scale * standard_normal(key, x)).astype(x.dtype)
         prediction = predictor(x_hat, jnp.broadcast_to(t_hat, x.shape[:1]))
         return _heun_step(x_hat, prediction, t_hat, s, predictor, schedule), carry
 

@@ -3,7 +3,6 @@ r"""DPM-Solver++(2M), deterministic and stochastic: second order at one evaluati
 With CFG++ the previous data term is the one that goes with its noise term, the unconditional one.
 """
 
-import jax
 import jax.numpy as jnp
 
 from esscher.core.contracts import Stepper
@@ -13,6 +12,7 @@ from esscher.samplers.steppers.coefficients import (
     first_order,
     implied_data,
     noise_levels,
+    standard_normal,
     step_coefficients,
 )
 
@@ -51,7 +51,7 @@ def _two_step(schedule: Schedule, *, stochastic: bool) -> Stepper:
         x_s = c.alpha_s * decay * 0.5 * inverse_r * (prediction.data - history.data[0])
         if stochastic:
             kept, fresh = noise_levels(c, 1.0)
-            noise = jax.random.normal(key, x.shape, x.dtype)
+            noise = standard_normal(key, x)
             x_s += c.alpha_s * prediction.data + kept * prediction.noise + fresh * noise
         else:
             x_s += first_order(prediction, c)

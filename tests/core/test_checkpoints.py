@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import namedtuple
 from typing import Any, NamedTuple
@@ -246,6 +247,15 @@ def test_after_damage_training_comes_past_it_and_the_damaged_are_dropped(tmp_pat
     assert_same(latest(tmp_path).state, state_at(44))
 
 
+def test_damage_to_what_only_orbax_reads_stops_neither_restoring_nor_saving(tmp_path):
+    save_all(tmp_path, [1, 2])
+    (tmp_path / "2" / "_CHECKPOINT_METADATA").write_text("[]")
+    with checkpoints.open(tmp_path) as saved:
+        assert_same(saved.restore_latest(abstract()).state, state_at(2))
+        saved.save(3, state_at(3))
+    assert saved.steps() == [1, 2, 3]
+
+
 def test_a_damaged_best_gives_way_to_the_next_best(tmp_path, caplog):
     with checkpoints.open(tmp_path) as saved:
         for step, loss in [(1, 0.1), (2, 0.3), (3, 0.2)]:
@@ -375,10 +385,12 @@ def test_a_folder_that_cannot_be_made_gets_one_line(tmp_path):
         saved.save(1, state_at(1))
 
 
-def test_a_state_that_cannot_be_stored_is_a_programming_error(tmp_path):
+def test_a_state_that_cannot_be_stored_is_a_programming_error_and_bars_no_exit(tmp_path):
+    before = set(threading.enumerate())
     with checkpoints.open(tmp_path) as saved, pytest.raises(Exception) as caught:
         saved.save(1, {"f": print})
     assert not isinstance(caught.value, UsageError)
+    assert all(thread.daemon for thread in set(threading.enumerate()) - before)
 
 
 def test_the_record_is_part_of_the_atomic_commit(tmp_path):
