@@ -40,6 +40,12 @@ def test_the_readmes_python_runs(index):
     exec(compile(python_blocks("README.md")[index], f"README.md, example {index + 1}", "exec"), {})
 
 
+def test_the_example_of_contributing_is_the_code_itself():
+    blocks = python_blocks("CONTRIBUTING.md")
+    for index, file in ((0, "objectives/score.py"), (-1, "tests/objectives/test_score.py")):
+        assert blocks[index] in (ROOT / file).read_text(), f"example {index} of CONTRIBUTING.md is not in {file}"
+
+
 def test_links_between_the_pages_exist():
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
