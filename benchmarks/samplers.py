@@ -89,6 +89,7 @@ def theirs(batch: int, threads: int) -> dict[str, Callable[[], np.ndarray]]:
 
 def torch_network(params: dict) -> Callable:
     """`models.dit.DiT` in plain torch, with fused attention and layer norm."""
+    import jax
     import torch
     import torch.nn.functional as F
 
@@ -99,17 +100,15 @@ def torch_network(params: dict) -> Callable:
     conditioning = {name: dense(params["conditioning"][name]) for name in ("hidden", "out")}
     table = torch.tensor(np.asarray(params["conditioning"]["table"]))
     patch, modulation, out = (dense(params[name]) for name in ("patch_embedding", "modulation", "out"))
-    names = ("modulation", "hidden", "out")
-    blocks = [
-        {name: dense(block[name]) for name in names}
-        | {name: dense(block["attention"][name]) for name in ("qkv", "projection")}
-        for _, block in sorted(params["blocks"].items())
-    ]
+    blocks = []
+    for i in range(DEPTH):
+        block = jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"])
+        layers = {name: block[name] for name in ("modulation", "hidden", "out")} | block["attention"]
+        blocks.append({name: dense(layer) for name, layer in layers.items()})
     from esscher.models.dit import positions
-    from esscher.models.layers import SCALE
 
     position = torch.tensor(np.asarray(positions(4, WIDTH)))
-    frequencies = SCALE * 1e4 ** (-2 * torch.arange(128) / 256)
+    frequencies = 100.0 * 1e4 ** (-2 * torch.arange(128) / 256)
 
     def norm(x, scale, shift):
         return F.layer_norm(x, (WIDTH,), eps=1e-6) * (1 + scale) + shift

@@ -1,5 +1,7 @@
 r"""The diffusion transformer with adaLN-zero conditioning: matrix products only, so it is fast on every device."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -7,6 +9,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from esscher.models.functional import stack, unstack
 from esscher.models.layers import Conditioning, Dense, SelfAttention, check_images, sinusoid, standardize
 
 __all__ = ["Block", "DiT", "patchify", "positions", "unpatchify"]
@@ -89,7 +92,7 @@ class DiT(nnx.Module):
         pixels, embed = patch**2 * channels, ("embed",)
         self.patch_embedding = Dense((pixels,), (width,), (("patch",), embed), dtype=dtype, rngs=rngs)
         self.conditioning = Conditioning(width, classes, dtype=dtype, rngs=rngs)
-        self.blocks = nnx.List([Block(width, heads, dtype=dtype, rngs=rngs) for _ in range(depth)])
+        self.blocks = stack(functools.partial(Block, width, heads, dtype=dtype), depth, rngs)
         axes = (embed, (None, "modulation"))
         self.modulation = Dense((width,), (2, width), axes, gain=0.0, dtype=dtype, rngs=rngs)
         self.out = Dense((width,), (pixels,), (embed, ("patch",)), gain=0.0, dtype=dtype, rngs=rngs)
@@ -116,7 +119,7 @@ class DiT(nnx.Module):
 
     def trunk(self, tokens: Array, condition: Array) -> Array:
         """All that happens to tokens `[B, N, width]` once they know their position: blocks and the final layer."""
-        for block in self.blocks:
+        for block in unstack(self.blocks):
             tokens = block(tokens, condition)
         shift, scale = _modulations(self.modulation, condition)
         return self.out(standardize(tokens) * (1 + scale) + shift)

@@ -12,6 +12,7 @@ Every parameter of our networks names its axes, one name (or `None`) per dimensi
     modulation     shifts, scales and gates, one per unit of what they act on
     channels_in    what a convolution or a normalisation reads
     channels_out   what a convolution writes, and its bias
+    layers         equal layers whose parameters are stacked, see `stack`
 
 `None` is an axis that is never split: a kernel's window, the three of query, key and value. `core.meshes` maps names to
 axes of a device mesh; a name without a rule stays whole.
@@ -21,10 +22,21 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-__all__ = ["AXES", "Initializer", "Params", "functional", "initializer", "logical_axes", "parameter"]
+__all__ = [
+    "AXES",
+    "Initializer",
+    "Params",
+    "functional",
+    "initializer",
+    "logical_axes",
+    "parameter",
+    "stack",
+    "unstack",
+]
 
 AXES = (
     "embed",
@@ -38,6 +50,7 @@ AXES = (
     "modulation",
     "channels_in",
     "channels_out",
+    "layers",
 )
 
 # Not Flax's `out_sharding`, which shards the array at once and asks for a mesh.
@@ -86,24 +99,25 @@ def functional(module: nnx.Module) -> tuple[Callable[..., Any], Params]:
     return apply, _string_keys(nnx.to_pure_dict(state))
 
 
-def initializer(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Initializer:
+def initializer(make_module: Callable[..., nnx.Module]) -> Initializer:
     """Makes `init(key) -> params`, `apply` and the axis names of a network without making an array.
 
     `init` may be vmapped over keys, compiled with output shardings, or given to `jax.eval_shape`.
 
+    >>> import functools
     >>> from esscher.models.mlp import MLP
-    >>> init, apply, axes = initializer(lambda rngs: MLP(dimension=2, width=16, rngs=rngs))
+    >>> init, apply, axes = initializer(functools.partial(MLP, dimension=2, width=16))
     >>> params = jax.vmap(init)(jax.random.split(jax.random.key(0), 3))
     >>> params["out"]["kernel"].shape, axes["out"]["kernel"]
     ((3, 16, 2), ('embed', 'patch'))
 
     Args:
-      make_module: builds the module from Flax's random streams.
+      make_module: `(rngs=nnx.Rngs) -> module`, for instance a class with all but `rngs` bound.
     """
-    module = nnx.eval_shape(lambda: make_module(nnx.Rngs(0)))
+    module = nnx.eval_shape(lambda: make_module(rngs=nnx.Rngs(0)))
 
     def init(key: Array) -> Params:
-        return functional(make_module(nnx.Rngs(key)))[1]
+        return functional(make_module(rngs=nnx.Rngs(key)))[1]
 
     return Initializer(init, functional(module)[0], logical_axes(module))
 
@@ -119,6 +133,34 @@ def logical_axes(module: nnx.Module) -> dict[str, Any]:
         is_leaf=lambda node: isinstance(node, nnx.Variable),
     )
     return _string_keys(nnx.to_pure_dict(names))
+
+
+def stack(make_module: Callable[..., nnx.Module], n: int, rngs: nnx.Rngs) -> nnx.Module:
+    """Draws `n` modules as one whose parameters have a leading axis `layers`; run them one by one with `unstack`.
+
+    However many layers, a network then has few parameters, and drawing them compiles in the time of one layer.
+    """
+    graphs = []
+
+    def draw(key: Array) -> Any:
+        graph, state = nnx.split(make_module(rngs=nnx.Rngs(key)))
+        graphs.append(graph)
+        return state
+
+    state = jax.lax.map(draw, jax.random.split(rngs.params(), n))
+    module = nnx.merge(graphs[0], state)
+    for _, node in nnx.iter_graph(module):
+        if isinstance(node, nnx.Param):
+            node.set_metadata(**{_METADATA: ("layers", *node.get_metadata()[_METADATA])})
+    return module
+
+
+def unstack(module: nnx.Module) -> list[nnx.Module]:
+    """The modules that `stack` drew, in order."""
+    graph, state = nnx.split(module)
+    leaves, structure = jax.tree.flatten(state)
+    layers = zip(*(jnp.unstack(leaf) for leaf in leaves), strict=True)
+    return [nnx.merge(graph, structure.unflatten(layer)) for layer in layers]
 
 
 def _string_keys(tree: Any) -> Any:

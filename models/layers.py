@@ -12,6 +12,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from esscher.core.arrays import at_least_float32
 from esscher.models.functional import parameter
 
 __all__ = ["Conditioning", "Conv", "Dense", "SelfAttention", "check_images", "sinusoid", "standardize"]
@@ -25,8 +26,7 @@ SMALL = jax.nn.initializers.normal(0.02)
 class Dense(nnx.Module):
     """Affine map of the last axes, `[..., *inputs] -> [..., *outputs]`, as one matrix product.
 
-    The kernel has the shape `[*inputs, *outputs]` and is drawn by Xavier's uniform rule over those, or by `init`, then
-    multiplied by `gain`.
+    The kernel has the shape `[*inputs, *outputs]` and is drawn by `init`, or by Xavier's uniform rule times `gain`.
     """
 
     def __init__(
@@ -41,9 +41,9 @@ class Dense(nnx.Module):
         rngs: nnx.Rngs,
     ):
         """Draws the kernel; the bias is zero."""
-        rank = len(inputs)
-        init = init or _xavier(tuple(range(rank)), tuple(range(rank, rank + len(outputs))))
-        kernel = gain * init(rngs.params(), (*inputs, *outputs), jnp.float32)
+        shape, rank = (*inputs, *outputs), len(inputs)
+        xavier = _xavier(gain, tuple(range(rank)), tuple(range(rank, len(shape))))
+        kernel = (init or xavier)(rngs.params(), shape, jnp.float32)
         self.kernel = parameter(kernel, (*axes[0], *axes[1]))
         self.bias = parameter(jnp.zeros(outputs), axes[1])
         self.inputs, self.outputs, self.dtype = inputs, outputs, jnp.dtype(dtype)
@@ -60,7 +60,7 @@ class Dense(nnx.Module):
 class Conv(nnx.Module):
     """Square convolution with zero padding, `[B, H, W, channels_in] -> [B, H, W, channels_out]`, of odd window.
 
-    The kernel is drawn by Xavier's uniform rule, then multiplied by `gain`.
+    The kernel is drawn by Xavier's uniform rule times `gain`.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Conv(nnx.Module):
     ):
         """Draws the kernel; the bias is zero."""
         shape = (window, window, channels_in, channels_out)
-        kernel = gain * _xavier(-2, -1)(rngs.params(), shape, jnp.float32)
+        kernel = _xavier(gain, -2, -1)(rngs.params(), shape, jnp.float32)
         self.kernel = parameter(kernel, (None, None, "channels_in", "channels_out"))
         self.bias = parameter(jnp.zeros(channels_out), ("channels_out",))
         self.dtype = jnp.dtype(dtype)
@@ -86,8 +86,10 @@ class Conv(nnx.Module):
         return _convolve(x.astype(self.dtype), kernel) + bias
 
 
-def _xavier(inputs: int | tuple[int, ...], outputs: int | tuple[int, ...]) -> Init:
-    return jax.nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", inputs, outputs)
+def _xavier(gain: float, inputs: int | tuple[int, ...], outputs: int | tuple[int, ...]) -> Init:
+    if gain == 0:
+        return jax.nn.initializers.zeros
+    return jax.nn.initializers.variance_scaling(gain**2, "fan_avg", "uniform", inputs, outputs)
 
 
 @jax.checkpoint  # so that only the arguments are kept for the gradient, whichever branch runs
@@ -130,12 +132,16 @@ class SelfAttention(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """Maps tokens `x[B, N, width]`."""
         query, key, value = (part.squeeze(3) for part in jnp.split(self.qkv(x), 3, axis=3))
-        return self.projection(jax.nn.dot_product_attention(query, key, value))
+        precise = jnp.promote_types(query.dtype, jnp.float32)
+        query = query * query.shape[-1] ** -0.5
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=precise)
+        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+        return self.projection(jnp.einsum("bhqk,bkhd->bqhd", weights, value))
 
 
 def standardize(x: Array, axes: int | tuple[int, ...] = -1) -> Array:
     """Zero mean and unit variance over `axes`, without scale or offset, in float32 at least; eps is 1e-6."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = at_least_float32(x)
     # The variance of the difference, not E[x^2] - E[x]^2: more exact, and twice as fast to differentiate on CPU.
     centered = x - x.mean(axes, keepdims=True)
     return centered * jax.lax.rsqrt(jnp.square(centered).mean(axes, keepdims=True) + 1e-6)
@@ -146,7 +152,7 @@ def sinusoid(values: Array, n: int, scale: float = 1.0, max_period: float = 1e4)
 
     Reference: Attention Is All You Need, arXiv:1706.03762.
     """
-    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    values = at_least_float32(values)
     frequencies = scale * max_period ** (-2 * jnp.arange(n // 2) / n)
     angles = values[:, None] * frequencies.astype(values.dtype)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
@@ -155,7 +161,7 @@ def sinusoid(values: Array, n: int, scale: float = 1.0, max_period: float = 1e4)
 class Conditioning(nnx.Module):
     """One vector for noise level and class: `W_2 SiLU(W_1 sinusoid(100 noise_level)) + table[label]`.
 
-    Levels are expected to span a few units, like `log(sigma) / 4` or a time in `[0, 1]`: the fastest sinusoid then turns
+    Levels are expected to span a few units, like `log(sigma) / 4` or a time in `[0, 1]`: the fastest sinusoid turns
     once per 0.06 of a unit, which is a factor of 1.3 in sigma. The last row of the table is the null class, "no class".
     """
 
@@ -178,7 +184,7 @@ class Conditioning(nnx.Module):
             raise ValueError(f"label must be integers of shape ({batch},), got {label.dtype} of {label.shape}")
         level = self.out(jax.nn.silu(self.hidden(sinusoid(noise_level, self.frequencies, scale=100.0))))
         # A gather clamps by default: a wrong label would silently be another class.
-        rows = self.table[...].at[label].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        rows = jnp.asarray(self.table[...]).at[label].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         return level + rows.astype(level.dtype)
 
 

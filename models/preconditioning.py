@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from esscher.core.arrays import expand_like
+from esscher.core.arrays import at_least_float32, check_per_example, expand_like
 from esscher.core.contracts import Prediction, Predictor
 from esscher.core.schedules import Schedule
 
@@ -76,8 +76,5 @@ def denoiser_predictor(denoise: Callable[[Array, Array], Array], schedule: Sched
 
 
 def _one_per_example(name: str, values: Array, x: Array) -> Array:
-    values = jnp.asarray(values)
-    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
-    if values.shape not in ((), x.shape[:1]):
-        raise ValueError(f"{name} must be a scalar or have shape {x.shape[:1]}, got {values.shape}")
-    return jnp.broadcast_to(values, x.shape[:1])
+    check_per_example(x, **{name: values})
+    return jnp.broadcast_to(at_least_float32(values), x.shape[:1])

@@ -74,6 +74,19 @@ def test_a_whole_run_writes_everything_it_promises(config, capsys):
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["20", "40"]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_u_net_is_built_by_flag(dtype):
+    """Traced only: compiling it takes a minute on two cores, and tests/models runs it."""
+    config = dataclasses.replace(TINY, model="unet", width=8, dtype=dtype)
+    mesh, sweep = meshes.make(data=1), sweeps.grid(config.hyper)
+    program = digits.build(config, (8, 8, 1), 10, mesh, sweep)
+    batch = {"image": jax.ShapeDtypeStruct((16, 8, 8, 1), jnp.float32), "label": jax.ShapeDtypeStruct((16,), jnp.int32)}
+    state, metrics = jax.eval_shape(program.step, program.state, jax.random.key(0), batch, sweep.values)
+    assert metrics["loss"].shape == ()
+    assert jax.tree.structure(state) == jax.tree.structure(program.state)
+    assert any("conv" in jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(state.params))
+
+
 def test_the_same_command_after_the_end_changes_no_parameter(config):
     config = train_only(config)
     before, lines = saved_state(config), (folder(config) / "metrics.jsonl").read_text()

@@ -1,5 +1,7 @@
 """The diffusion transformer against its definition."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,9 +19,11 @@ class Trunk(dit.DiT):
     __call__ = dit.DiT.trunk
 
 
-def build(make):
-    network = initializer(make)
-    return jax.jit(network.apply), jax.jit(network.init)(jax.random.key(0))
+@functools.cache
+def build(make=dit.DiT, **sizes):
+    """The compiled network, and the shapes of its parameters."""
+    network = initializer(functools.partial(make, **TINY | sizes))
+    return jax.jit(network.apply), jax.eval_shape(network.init, jax.random.key(0))
 
 
 @pytest.mark.parametrize(
@@ -37,20 +41,20 @@ def test_number_of_parameters(sizes):
     block = affine(w, 6 * w) + affine(w, 3 * w) + affine(w, w) + affine(w, 4 * w) + affine(4 * w, w)
     condition = affine(256, w) + affine(w, w) + (full["classes"] + 1) * w
     expected = affine(pixels, w) + condition + full["depth"] * block + affine(w, 2 * w) + affine(w, pixels)
-    shapes = jax.eval_shape(initializer(lambda rngs: dit.DiT(**sizes, rngs=rngs)).init, jax.random.key(0))
+    shapes = jax.eval_shape(initializer(functools.partial(dit.DiT, **sizes)).init, jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == expected
     assert sizes or expected == 723_844
 
 
 def test_a_block_is_the_identity_at_initialisation():
-    apply, params = build(lambda rngs: dit.Block(8, 2, rngs=rngs))
+    init, apply, _ = initializer(functools.partial(dit.Block, 8, 2))
     tokens = normal(1, 2, 4, 8)
-    np.testing.assert_array_equal(apply(params, tokens, normal(2, 2, 8)), tokens)
+    np.testing.assert_array_equal(jax.jit(apply)(init(jax.random.key(0)), tokens, normal(2, 2, 8)), tokens)
 
 
 def test_at_step_zero_only_the_final_layer_learns():
-    apply, params = build(lambda rngs: dit.DiT(**TINY, rngs=rngs))
-    x = normal(1, 2, 4, 4, 1)
+    init, apply, _ = initializer(functools.partial(dit.DiT, **TINY))
+    params, x = init(jax.random.key(0)), normal(1, 2, 4, 4, 1)
     gradient = jax.jit(jax.grad(lambda params: jnp.sum((apply(params, x, LEVEL, LABEL) - x) ** 2)))(params)
     final = gradient.pop("out")
     assert min(np.abs(leaf).max() for leaf in final.values()) > 0.01
@@ -58,7 +62,7 @@ def test_at_step_zero_only_the_final_layer_learns():
 
 
 def test_tokens_are_permuted_with_their_positions(randomize):
-    apply, params = build(lambda rngs: Trunk(**TINY, rngs=rngs))
+    apply, params = build(Trunk)
     params, tokens, condition = randomize(params), normal(1, 2, 4, 8), normal(2, 2, 8)
     order = jnp.array([2, 0, 3, 1])
     out = apply(params, tokens, condition)
@@ -67,7 +71,7 @@ def test_tokens_are_permuted_with_their_positions(randomize):
 
 
 def test_positions_tell_equal_patches_apart(randomize):
-    apply, params = build(lambda rngs: dit.DiT(**TINY, rngs=rngs))
+    apply, params = build()
     tokens = dit.patchify(apply(randomize(params), jnp.ones((2, 4, 4, 1)), LEVEL, LABEL), 2)
     assert min(np.abs(tokens[:, i] - tokens[:, j]).max() for i in range(4) for j in range(i)) > 1e-3
 
@@ -117,7 +121,8 @@ def forward(params, image, level, label):
     condition = silu(affine(part["out"], hidden, 8) + part["table"][label])
     patches = [image[i : i + 2, j : j + 2].reshape(-1) for i in (0, 2) for j in (0, 2)]
     h = affine(params["patch_embedding"], np.stack(patches), 12) + np.asarray(dit.positions(2, 8))
-    for block in params["blocks"].values():
+    for i in range(2):
+        block = jax.tree.map(lambda leaf: leaf[i], params["blocks"])
         b1, s1, g1, b2, s2, g2 = affine(block["modulation"], condition, 8).reshape(6, 8)
         h = h + g1 * attention(block["attention"], norm(h) * (1 + s1) + b1)
         u = affine(block["hidden"], norm(h) * (1 + s2) + b2, 8)
@@ -129,7 +134,7 @@ def forward(params, image, level, label):
 
 
 def test_forward_pass_agrees_with_numpy(randomize):
-    apply, params = build(lambda rngs: dit.DiT(**TINY, channels=3, rngs=rngs))
+    apply, params = build(channels=3)
     params, x = randomize(params, size=0.3), normal(7, 2, 4, 4, 3)
     double = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     rows = zip(*(np.asarray(leaf, np.float64) for leaf in (x, LEVEL)), LABEL, strict=True)
@@ -148,4 +153,4 @@ def test_forward_pass_agrees_with_numpy(randomize):
 )
 def test_sizes_that_do_not_divide_are_rejected(sizes, message):
     with pytest.raises(ValueError, match=message):
-        initializer(lambda rngs: dit.DiT(**TINY | sizes, rngs=rngs))
+        initializer(functools.partial(dit.DiT, **TINY | sizes))

@@ -1,13 +1,16 @@
 """Modules as pure functions, and the names of their axes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from esscher.core import meshes
 from esscher.models.dit import DiT
-from esscher.models.functional import AXES, functional, initializer, logical_axes, parameter
+from esscher.models.functional import AXES, functional, initializer, logical_axes, parameter, stack, unstack
 from esscher.models.mlp import MLP
 from esscher.models.unet import UNet
 
@@ -26,9 +29,9 @@ class Chain(nnx.Module):
 
 X = jax.random.normal(jax.random.key(0), (4, 3))
 NETWORKS = {
-    "dit": lambda rngs: DiT(image_size=4, width=8, depth=2, heads=2, classes=3, rngs=rngs),
-    "unet": lambda rngs: UNet(image_size=4, width=4, blocks=1, attention=(4,), classes=3, rngs=rngs),
-    "mlp": lambda rngs: MLP(width=8, classes=3, rngs=rngs),
+    "dit": functools.partial(DiT, image_size=4, width=8, depth=2, heads=2, classes=3),
+    "unet": functools.partial(UNet, image_size=4, width=4, blocks=1, attention=(4,), classes=3),
+    "mlp": functools.partial(MLP, width=8, depth=2, classes=3),
     "chain": Chain,
 }
 each_network = pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
@@ -78,7 +81,7 @@ def test_initializer_needs_no_arrays_and_agrees_with_the_module():
     network, key = initializer(NETWORKS["mlp"]), jax.random.key(3)
     shapes, params = jax.eval_shape(network.init, key), network.init(key)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda leaf: leaf.shape, shapes)
-    apply, from_module = functional(NETWORKS["mlp"](nnx.Rngs(key)))
+    apply, from_module = functional(NETWORKS["mlp"](rngs=nnx.Rngs(key)))
     jax.tree.map(np.testing.assert_array_equal, params, from_module)
     arguments = X[:, :2], jnp.zeros(4)
     np.testing.assert_array_equal(network.apply(params, *arguments), apply(from_module, *arguments))
@@ -86,7 +89,7 @@ def test_initializer_needs_no_arrays_and_agrees_with_the_module():
 
 def test_initialisation_is_vmapped_over_keys():
     network, keys = initializer(NETWORKS["mlp"]), jax.random.split(jax.random.key(0), 3)
-    stacked = jax.jit(jax.vmap(network.init))(keys)
+    stacked = jax.vmap(network.init)(keys)
     jax.tree.map(lambda s, p: np.testing.assert_allclose(s[1], p, rtol=1e-6), stacked, network.init(keys[1]))
     kernels = stacked["hidden"]["0"]["kernel"]
     assert np.abs(kernels[0] - kernels[1]).max() > 0.1
@@ -103,15 +106,40 @@ def test_every_parameter_names_its_axes_once(make):
         assert len(names) == leaf.ndim
         assert set(named) <= set(AXES)
         assert len(set(named)) == len(named)
-    assert network.axes == logical_axes(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    assert network.axes == logical_axes(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
 
 
 def test_axes_of_attention_and_feed_forward_are_the_ones_a_mesh_splits():
-    block = initializer(NETWORKS["dit"]).axes["blocks"]["1"]
-    assert block["attention"]["qkv"]["kernel"] == ("embed", "heads", None, "kv")
-    assert block["attention"]["projection"]["kernel"] == ("heads", "kv", "embed")
-    assert block["hidden"] == {"kernel": ("embed", "mlp"), "bias": ("mlp",)}
-    assert block["out"]["kernel"] == ("mlp", "embed")
+    block = initializer(NETWORKS["dit"]).axes["blocks"]
+    assert block["attention"]["qkv"]["kernel"] == ("layers", "embed", "heads", None, "kv")
+    assert block["attention"]["projection"]["kernel"] == ("layers", "heads", "kv", "embed")
+    assert block["hidden"] == {"kernel": ("layers", "embed", "mlp"), "bias": ("layers", "mlp")}
+    assert block["out"]["kernel"] == ("layers", "mlp", "embed")
+
+
+def test_stacked_modules_are_distinct_and_come_back_in_order():
+    stacked = stack(functools.partial(MLP, width=4, depth=1), 3, nnx.Rngs(0))
+    kernels = stacked.input.kernel[...]
+    assert kernels.shape == (3, 2, 4)
+    assert np.abs(kernels - kernels[::-1])[:2].max() > 0.1
+    for layer, kernel in zip(unstack(stacked), kernels, strict=True):
+        np.testing.assert_array_equal(layer.input.kernel[...], kernel)
+    assert logical_axes(stacked)["input"]["kernel"] == ("layers", "patch", "embed")
+
+
+def test_a_network_split_over_a_mesh_by_its_names_gives_the_same_numbers(randomize):
+    network = initializer(NETWORKS["dit"])
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    mesh = meshes.make(data=2, fsdp=2, tensor=2)
+    layout = meshes.shardings(mesh, meshes.parameter_specs(network.axes, shapes, mesh))
+    params, level, label = randomize(shapes), jnp.linspace(-1, 1, 8), jnp.arange(8) % 4
+    x = jax.random.normal(jax.random.key(1), (8, 4, 4, 1))
+    split = jax.device_put(params, layout)
+    assert split["blocks"]["hidden"]["kernel"].addressable_shards[0].data.shape == (2, 4, 16)
+    assert split["blocks"]["attention"]["qkv"]["kernel"].addressable_shards[0].data.shape == (2, 4, 1, 3, 4)
+    batch = jax.device_put((x, level, label), jax.sharding.NamedSharding(mesh, meshes.BATCH))
+    run = jax.jit(network.apply)
+    np.testing.assert_allclose(run(split, *batch), run(params, x, level, label), rtol=1e-4, atol=1e-5)
 
 
 def test_named_axes_do_not_ask_for_a_mesh():

@@ -1,5 +1,7 @@
 """EDM preconditioning and the adapter to schedules, against exact Gaussian posteriors."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +19,8 @@ X = jax.random.normal(jax.random.key(0), (5, 3)) * 2
 
 @pytest.fixture
 def network(randomize):
-    init, apply, _ = initializer(lambda rngs: MLP(dimension=3, width=16, depth=1, rngs=rngs))
-    return apply, randomize(jax.jit(init)(jax.random.key(1)))
+    init, apply, _ = initializer(functools.partial(MLP, dimension=3, width=16, depth=1))
+    return apply, randomize(jax.eval_shape(init, jax.random.key(0)))
 
 
 def coefficients(sigma, sigma_data):
@@ -60,7 +62,9 @@ def test_on_gaussian_data_the_best_network_is_zero(x64):
     law = GaussianMixture(jnp.zeros(1), jnp.zeros((1, 3)), 0.7**2 * jnp.eye(3)[None])
     x, sigma = X.astype("float64"), SIGMA.astype("float64")
     denoise = edm_denoiser(lambda params, x, level: jnp.zeros_like(x), 0.7)
-    np.testing.assert_allclose(denoise(None, x, sigma), law.predictor(schedules.edm())(x, sigma).data, rtol=1e-6)
+    np.testing.assert_allclose(
+        denoise(None, x, sigma), jax.jit(law.predictor(schedules.edm()))(x, sigma).data, rtol=1e-6
+    )
 
 
 def test_without_noise_the_denoiser_is_the_identity_with_finite_derivatives(network):
@@ -125,8 +129,9 @@ def test_one_denoiser_predicts_under_every_schedule(name, law, x64):
     schedule = getattr(schedules, name)()
     t = jnp.linspace(0.1, 0.9, 5) * schedule.t_max
     x = X.astype("float64")
-    predictor = denoiser_predictor(lambda x, sigma: law.predictor(schedules.edm())(x, sigma).data, schedule)
-    for ours, exact in zip(predictor(x, t), law.predictor(schedule)(x, t), strict=True):
+    denoise = lambda x, sigma: law.predictor(schedules.edm())(x, sigma).data  # noqa: E731
+    both = jax.jit(lambda x, t: (denoiser_predictor(denoise, schedule)(x, t), law.predictor(schedule)(x, t)))
+    for ours, exact in zip(*both(x, t), strict=True):
         np.testing.assert_allclose(ours, exact, rtol=1e-7, atol=1e-8)
 
 
@@ -137,7 +142,7 @@ def test_at_time_zero_the_prediction_is_the_state_and_its_gradient_is_finite(nam
     data, noise = predictor(X, 0.0)  # a scalar time serves all examples
     np.testing.assert_array_equal(data, X)
     assert not np.any(noise)
-    gradient = jax.grad(lambda x: sum(jnp.sum(part**2) for part in predictor(x, 0.0)))(X)
+    gradient = jax.jit(jax.grad(lambda x: sum(jnp.sum(part**2) for part in predictor(x, 0.0))))(X)
     np.testing.assert_allclose(gradient, 2 * X, rtol=1e-6)
 
 

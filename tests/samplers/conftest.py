@@ -22,16 +22,25 @@ class Line(NamedTuple):
     def mixture(self):
         return GaussianMixture(jnp.log(self.weights), self.means[:, None], self.variances[:, None, None])
 
+    def log_responsibilities(self, schedule, x, t):
+        """`log p_t(k | x)`, `[B, 1] -> [B, K]`."""
+        errors, variances = self._standardize(schedule, x, t)
+        return jax.nn.log_softmax(jnp.log(self.weights / jnp.sqrt(variances)) - 0.5 * variances * errors**2)
+
     def predictor(self, schedule):
         def predict(x, t):
-            alpha, sigma = schedule.alpha(t)[:, None], schedule.sigma(t)[:, None]
-            variances = alpha**2 * self.variances + sigma**2
-            errors = (x - alpha * self.means) / variances  # [B, K]
-            share = jax.nn.softmax(jnp.log(self.weights / jnp.sqrt(variances)) - 0.5 * variances * errors**2)
-            data = jnp.sum(share * (self.means + alpha * self.variances * errors), -1, keepdims=True)
-            return Prediction(data, sigma * jnp.sum(share * errors, -1, keepdims=True))
+            errors, _ = self._standardize(schedule, x, t)
+            share = jnp.exp(self.log_responsibilities(schedule, x, t))
+            component_data = self.means + schedule.alpha(t)[:, None] * self.variances * errors
+            average = lambda values: jnp.sum(share * values, -1, keepdims=True)  # noqa: E731
+            return Prediction(average(component_data), schedule.sigma(t)[:, None] * average(errors))
 
         return predict
+
+    def _standardize(self, schedule, x, t):
+        alpha, sigma = schedule.alpha(t)[:, None], schedule.sigma(t)[:, None]
+        variances = alpha**2 * self.variances + sigma**2
+        return (x - alpha * self.means) / variances, variances
 
     def flow(self, schedule, x, t, s):
         """`x_s` on the probability flow through `x_t`: on the line it keeps the order, so it matches quantiles."""
@@ -49,6 +58,12 @@ class Line(NamedTuple):
         alpha, sigma = schedule.alpha(jnp.asarray(t)), schedule.sigma(jnp.asarray(t))
         scale = jnp.sqrt(alpha**2 * self.variances + sigma**2)
         return jnp.sum(self.weights * norm.cdf(x, alpha * self.means, scale), -1, keepdims=True)
+
+
+@pytest.fixture
+def gaussian():
+    """Makes a single Gaussian of a mean and a variance."""
+    return lambda mean, variance: Line(jnp.ones(1), jnp.array([mean]), jnp.array([variance]))
 
 
 @pytest.fixture

@@ -7,24 +7,13 @@ import pytest
 
 from esscher.core import schedules
 from esscher.core.contracts import Prediction
-from esscher.core.exact import GaussianMixture, gaussians
+from esscher.core.exact import gaussians
 from esscher.samplers import guidance, integrate, steppers
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 EDM, COSINE, FLOW = schedules.edm(), schedules.cosine(), schedules.rectified_flow()
 X, T = np.array([[0.3, -1.0], [1.2, 0.4], [-0.7, 0.1]]), np.array([0.2, 0.55, 0.9])
-
-
-def classes():
-    """A mixture of three unequal components in the plane, and its class made of the first two."""
-    factors = jax.random.normal(jax.random.key(5), (3, 2, 2)) * 0.6
-    everything = GaussianMixture(
-        jnp.log(jnp.array([0.2, 0.5, 0.3])),
-        jnp.array([[-1.0, 0.4], [0.2, 1.3], [1.1, -0.8]]),
-        factors @ jnp.swapaxes(factors, -1, -2) + 0.15 * jnp.eye(2),
-    )
-    return everything, GaussianMixture(*(field[:2] for field in everything))
 
 
 def affine(slope, offset, schedule):
@@ -114,41 +103,37 @@ def test_bad_mixes_and_classifiers_are_rejected():
 
 
 @pytest.mark.parametrize("var_cond", [1.0, 0.3], ids=["equal_variances", "unequal_variances"])
-def test_guided_gaussians_end_in_the_law_that_cfg_really_samples(var_cond):
+def test_guided_gaussians_end_in_the_law_that_cfg_really_samples(gaussian, var_cond):
     """The path is affine in its start, so mean and variance are read off two starts: the whole pipeline, exactly."""
-    w, sigma_max = 2.5, 80.0
-    uncond, cond = (
-        GaussianMixture(jnp.zeros(1), jnp.array([[m]]), jnp.array([[[v]]])).predictor(EDM)
-        for m, v in ((0.0, 1.0), (1.0, var_cond))
-    )
-    run = lambda stepper, n: integrate(  # noqa: E731
-        jax.random.key(0), stepper, guidance.cfg(cond, uncond, w), jnp.array([[0.0], [1.0]]), schedules.edm_times(n)
-    )
+    w, sigma_max, errors = 2.5, 80.0, []
+    guided = guidance.cfg(gaussian(1.0, var_cond).predictor(EDM), gaussian(0.0, 1.0).predictor(EDM), w)
     mean, variance = gaussians.cfg_law(0.0, 1.0, 1.0, var_cond, w, sigma_max, n=40_000)
     if var_cond == 1.0:  # N(w, 1) as sigma_max goes to infinity
         expected = w * (1 - 1 / np.sqrt(1 + sigma_max**2)), sigma_max**2 / (1 + sigma_max**2)
         np.testing.assert_allclose((mean, variance), expected, rtol=1e-6)
-    errors = []
     for n in (80, 160):
-        low, high = run(steppers.heun(EDM), n)[:, 0]
-        errors.append(np.abs(np.array([low - mean, (sigma_max * (high - low)) ** 2 - variance])))
+        ends = integrate(
+            jax.random.key(0), steppers.heun(EDM), guided, jnp.array([[0.0], [1.0]]), schedules.edm_times(n)
+        )
+        law = ends[0, 0], (sigma_max * (ends[1, 0] - ends[0, 0])) ** 2
+        errors.append(np.abs(np.array(law) - np.array((mean, variance))))
     assert np.all(errors[1] < 1.5e-3)
     assert np.all(errors[0] > 3 * errors[1])  # second order, towards this law and no other
 
 
-def test_classifier_guidance_with_the_exact_posterior_is_the_conditional_model():
-    everything, first_two = classes()
-    uncond, cond = everything.predictor(FLOW), first_two.predictor(FLOW)
+def test_classifier_guidance_with_the_exact_posterior_is_the_conditional_model(line):
+    """Of a class that is itself a mixture, the first two components of three."""
+    everything = type(line)(jnp.array([0.2, 0.5, 0.3]), jnp.array([-1.0, 0.2, 1.1]), jnp.array([0.2, 0.6, 0.1]))
+    first_two = type(line)(*(field[:2] for field in everything))
+    uncond, cond, x = everything.predictor(FLOW), first_two.predictor(FLOW), X[:, :1]
 
     def log_prob(x, t):
-        noisy = lambda x, t: everything.at(FLOW, t).log_responsibilities(x[None])[0]  # noqa: E731
-        return jax.nn.logsumexp(jax.vmap(noisy)(x, t)[:, :2], axis=-1)
+        return jax.nn.logsumexp(everything.log_responsibilities(FLOW, x, t)[:, :2], axis=-1)
 
-    guided = jax.jit(lambda w, t: guidance.classifier(uncond, log_prob, w, FLOW)(X, t))
-    assert_same(guided(1.0, T), jax.jit(cond)(X, T), rtol=1e-9)
-    twice = jax.jit(guidance.cfg(cond, uncond, 2.0))(X, T)
-    assert_same(guided(2.0, T), twice, rtol=1e-9)  # the score is linear in w
-    assert_same(guided(2.0, np.ones(3)), uncond(X, np.ones(3)))  # at pure noise nothing is known of the class
+    guided = jax.jit(lambda w, t: guidance.classifier(uncond, log_prob, w, FLOW)(x, t))
+    assert_same(guided(1.0, T), cond(x, T), rtol=1e-9)
+    assert_same(guided(2.0, T), guidance.cfg(cond, uncond, 2.0)(x, T), rtol=1e-9)  # the score is linear in w
+    assert_same(guided(2.0, np.ones(3)), uncond(x, np.ones(3)))  # at pure noise nothing is known of the class
 
 
 # --- CFG++ ------------------------------------------------------------------------------------------------------------
