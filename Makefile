@@ -1,5 +1,6 @@
 # Both commands need Python 3.11+ and make, nothing else. They install into .venv once and reuse it.
-PYTHON ?= $(firstword $(shell command -v python3.13 python3.12 python3.11 python3 2>/dev/null))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 # The environment made here holds JAX for CPU; TPU_SETUP.md says how to use an accelerator.
 export JAX_PLATFORMS ?= cpu
@@ -29,7 +30,7 @@ clean:  ## Remove the environment and the caches, not the runs.
 .venv/demo.stamp: EXTRAS := experiments
 .venv/test.stamp: EXTRAS := experiments,dev,tpu
 .venv/%.stamp: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "esscher needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11")'
+	@test -n "$(PYTHON)" || { echo "error: esscher needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@

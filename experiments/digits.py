@@ -45,7 +45,7 @@ class Hyper:
     """Decay of the parameters' moving average, which is what samples."""
     label_dropout: tuple[float, ...] = (0.1,)
     """Share of examples whose label is hidden, so that the model learns the unconditional law too."""
-    noise_mean: tuple[float, ...] = (-1.2,)
+    noise_mean: tuple[float, ...] = (-0.5,)
     """Mean of the log noise level in training."""
     noise_std: tuple[float, ...] = (1.2,)
     """Standard deviation of the log noise level in training."""
@@ -85,9 +85,9 @@ class Config:
     """Join the other hosts of a pod first; every host runs the same command."""
     weights: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0)
     """Guidance weights of the sample sheet: 0 unconditional, 1 conditional."""
-    evaluations: tuple[int, ...] = (10, 20, 40)
+    evaluations: tuple[int, ...] = (10, 20)
     """Budgets of model evaluations in the solver table; empty to leave the table out."""
-    samples: int = 500
+    samples: int = 600
     """Images behind each number of the solver table."""
     runs: pathlib.Path = pathlib.Path("runs")
     """Folder of all runs."""

@@ -1,16 +1,39 @@
-"""Parameters away from their initial values, so that nothing is zero by construction."""
+"""Networks for tests: compiled quickly, with parameters away from their initial values."""
+
+import functools
 
 import jax
 import numpy as np
 import pytest
 
+from esscher.models.functional import initializer
+
+
+@pytest.fixture(scope="session")
+def jit():
+    """`jax.jit` for tiny shapes: compiling is what takes time, not running."""
+    return functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@pytest.fixture(scope="session")
+def build(jit):
+    """`make_module -> (compiled init, compiled apply, axis names)`, once for each maker."""
+
+    @functools.cache
+    def compiled(make_module):
+        network = initializer(make_module)
+        return network._replace(init=jit(network.init), apply=jit(network.apply))
+
+    return compiled
+
 
 @pytest.fixture(scope="session")
 def randomize():
-    """Normal draws of the given size for every parameter, from shapes alone: NumPy compiles nothing."""
+    """Normal draws of the given size for every parameter of a network, so that nothing is zero by construction."""
 
-    def draw(shapes, seed=0, size=0.2):
+    def draw(network, seed=0, size=0.2):
         rng = np.random.default_rng(seed)
+        shapes = jax.eval_shape(network.init, jax.random.key(0))
         return jax.tree.map(lambda leaf: size * rng.standard_normal(leaf.shape, np.float32), shapes)
 
     return draw

@@ -29,15 +29,13 @@ def test_shape_is_kept(sizes):
     assert jax.eval_shape(network.apply, shapes, x, jnp.zeros(3), jnp.zeros(3, int)).shape == x.shape
 
 
-def test_every_parameter_counts(randomize):
+def test_every_parameter_counts(randomize, jit):
     """No block is left out and no skip dropped: the gradient reaches every array."""
     sizes = {"image_size": 4, "channels": 2, "width": 4, "blocks": 1, "attention": (4,), "classes": 2}
     network = initializer(functools.partial(unet.UNet, **sizes))
-    params = randomize(jax.eval_shape(network.init, jax.random.key(0)))
     x, level, label = normal(3, 2, 4, 4, 2), jnp.array([-0.5, 0.6]), jnp.array([0, 2])
-    gradient = jax.grad(lambda params: jnp.sum(jnp.sin(network.apply(params, x, level, label))))
-    quickly = {"xla_backend_optimization_level": 0}  # it runs once; compiling is what takes time
-    for path, leaf in jax.tree.leaves_with_path(jax.jit(gradient, compiler_options=quickly)(params)):
+    loss = lambda params: jnp.sum(jnp.sin(network.apply(params, x, level, label)))  # noqa: E731
+    for path, leaf in jax.tree.leaves_with_path(jit(jax.grad(loss))(randomize(network))):
         assert np.abs(leaf).max() > 1e-5, jax.tree_util.keystr(path)
 
 
@@ -61,11 +59,11 @@ def test_number_of_parameters():
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == down + middle + up + rest
 
 
-def test_blocks_start_near_a_multiple_of_the_identity():
+def test_blocks_start_near_a_multiple_of_the_identity(build):
     x, condition = normal(0, 2, 4, 4, 8), normal(1, 2, 16)
     for attention, multiple in ((False, math.sqrt(0.5)), (True, 0.5)):
-        network = initializer(functools.partial(unet.ResidualBlock, 8, 8, 16, attention=attention))
-        out = jax.jit(network.apply)(network.init(jax.random.key(0)), x, condition)
+        network = build(functools.partial(unet.ResidualBlock, 8, 8, 16, attention=attention))
+        out = network.apply(network.init(jax.random.key(0)), x, condition)
         np.testing.assert_allclose(out, multiple * x, atol=1e-4)
 
 
@@ -78,14 +76,14 @@ def test_resampling_takes_means_and_copies():
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(12, 3), (160, 32), (200, 25), (7, 1)])
-def test_group_norm_is_over_space_and_groups_of_channels(channels, groups, randomize):
-    network = initializer(lambda rngs: unet.GroupNorm(channels))
-    params = randomize(jax.eval_shape(network.init, jax.random.key(0)))
+def test_group_norm_is_over_space_and_groups_of_channels(channels, groups, build, randomize):
+    network = build(lambda rngs: unet.GroupNorm(channels))
+    params = randomize(network)
     x = np.random.default_rng(0).normal(1, 2, (2, 3, 3, channels)).astype("float32")
     parts = [p - p.mean((1, 2, 3), keepdims=True) for p in np.split(x, groups, -1)]
     parts = [p / np.sqrt((p**2).mean((1, 2, 3), keepdims=True) + 1e-6) for p in parts]
     expected = np.concatenate(parts, -1) * params["scale"] + params["bias"]
-    np.testing.assert_allclose(jax.jit(network.apply)(params, x), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(network.apply(params, x), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

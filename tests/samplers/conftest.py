@@ -19,6 +19,19 @@ class Line(NamedTuple):
     means: Array  # [K]
     variances: Array  # [K]
 
+    def moments(self):
+        mean = self.weights @ self.means
+        return mean, self.weights @ (self.variances + self.means**2) - mean**2
+
+    def at(self, schedule, t):
+        alpha, sigma = schedule.alpha(jnp.asarray(t)), schedule.sigma(jnp.asarray(t))
+        return Line(self.weights, alpha * self.means, alpha**2 * self.variances + sigma**2)
+
+    def sample(self, key, n):
+        keys = jax.random.split(key)
+        k = jax.random.categorical(keys[0], jnp.log(self.weights), shape=(n, 1))
+        return self.means[k] + jnp.sqrt(self.variances[k]) * jax.random.normal(keys[1], (n, 1))
+
     def mixture(self):
         return GaussianMixture(jnp.log(self.weights), self.means[:, None], self.variances[:, None, None])
 
@@ -55,9 +68,8 @@ class Line(NamedTuple):
         return jax.lax.fori_loop(0, 70, halve, (low, high))[0]
 
     def _cdf(self, schedule, x, t):
-        alpha, sigma = schedule.alpha(jnp.asarray(t)), schedule.sigma(jnp.asarray(t))
-        scale = jnp.sqrt(alpha**2 * self.variances + sigma**2)
-        return jnp.sum(self.weights * norm.cdf(x, alpha * self.means, scale), -1, keepdims=True)
+        law = self.at(schedule, t)
+        return jnp.sum(law.weights * norm.cdf(x, law.means, jnp.sqrt(law.variances)), -1, keepdims=True)
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def test_cfg_plus_plus_inverts_where_cfg_does_not(line):
     )
     only_second = type(line)(jnp.ones(1), classes.means[1:], classes.variances[1:])
     cond, uncond = only_second.predictor(VP), classes.predictor(VP)
-    x, times = classes.mixture().sample(jax.random.key(0), 200), schedules.uniform_times(10)
+    x, times = classes.sample(jax.random.key(0), 200), schedules.uniform_times(10)
 
     @jax.jit
     def error(guide_all, w, x):

@@ -13,12 +13,11 @@ N_PARTICLES = 100_000
 
 def bias(line, stepper, schedule, t_max, n, t_min=0.02):
     """Errors of the mean and of the variance after n steps, and their standard errors."""
-    start, end = (line.mixture().at(schedule, t) for t in (t_max, t_min))
-    x = start.sample(jax.random.key(1), N_PARTICLES)
+    x = line.at(schedule, t_max).sample(jax.random.key(1), N_PARTICLES)
     times = schedules.log_snr_times(n, schedule, t_max, t_min)
     run = jax.jit(lambda x: integrate(jax.random.key(n), stepper, line.predictor(schedule), x, times))
     x = np.asarray(run(x), np.float64)
-    mean, variance = end.mean()[0], end.covariance()[0, 0]
+    mean, variance = line.at(schedule, t_min).moments()
     fourth = np.mean((x - x.mean()) ** 4)
     standard_errors = np.sqrt(np.array([variance, fourth - variance**2]) / N_PARTICLES)
     return np.array([x.mean() - mean, x.var() - variance]), standard_errors
