@@ -147,38 +147,31 @@ def report(
     shown = min(judge.classes, 10)
     rows = [np.concatenate([images[c :: judge.classes][:2] for c in range(shown)]) for images in sheets.values()]
     names = ["unguided" if w == 0 else f"w = {w:g}" for w in sheets]
-    sheet = figures.image_grid(
-        np.stack(rows), names, [str(c) for c in range(shown)], folder / "figures" / "samples.png"
-    )
+    path = folder / "figures" / "samples.png"
+    sheet = figures.image_grid(np.stack(rows), names, [str(c) for c in range(shown)], path)
     weights = [[w, q.agreement, q.distance] for w, q in guided.items()]
-    table = [[name, *quality] for name, results in solvers.items() for quality in results]
-    panels = [
-        _against_budget(solvers, "agreement", "share in the asked class", {"real test images": judge.accuracy}),
-        _against_budget(solvers, "distance", "Fréchet distance", {"real train to real test": judge.floor}, log_y=True),
+    by_weight = [
+        f"{SHEET[0]}, {SHEET[1]} evaluations; two samples of each class.",
+        reporting.picture(sheet, folder, "Samples by class and guidance weight"),
+        reporting.table(["w", "agreement", "Fréchet distance"], weights),
     ]
-    figure = figures.lines(folder / "figures" / "solvers.png", *panels)
-    explanation = (
+    table = [[name, *quality] for name, results in solvers.items() for quality in results]
+    by_solver = [
         "Conditional samples (w = 1). Agreement is the share that a classifier trained on real images puts into the "
         f"class asked for; it is right on {judge.accuracy:.1%} of the real test images. The Fréchet distance is that "
         f"from the real training images in their first {judge.real_features.shape[1]} principal components; the real "
-        f"test images are {judge.floor:.3g} away. The reference is {REFERENCE[0]}."
-    )
-    return {
-        "Samples by guidance weight": "\n\n".join(
-            [
-                f"{SHEET[0]}, {SHEET[1]} evaluations; two samples of each class.",
-                reporting.picture(sheet, folder, "Samples by class and guidance weight"),
-                reporting.table(["w", "agreement", "Fréchet distance"], weights),
-            ]
-        ),
-        "Solvers": "\n\n".join(
-            [
-                explanation,
-                reporting.table(["solver", "evaluations", "agreement", "Fréchet distance"], table),
-                reporting.picture(figure, folder, "Quality against model evaluations"),
-            ]
-        ),
-    }
+        f"test images are {judge.floor:.3g} away. The reference is {REFERENCE[0]}.",
+        reporting.table(["solver", "evaluations", "agreement", "Fréchet distance"], table),
+    ]
+    if len(table) > 1:
+        real = {"agreement": {"real test images": judge.accuracy}, "distance": {"real train to real test": judge.floor}}
+        panels = [
+            _against_budget(solvers, "agreement", "share in the asked class", real["agreement"]),
+            _against_budget(solvers, "distance", "Fréchet distance", real["distance"], log_y=True),
+        ]
+        figure = figures.lines(folder / "figures" / "solvers.png", *panels)
+        by_solver.append(reporting.picture(figure, folder, "Quality against model evaluations"))
+    return {"Samples by guidance weight": "\n\n".join(by_weight), "Solvers": "\n\n".join(by_solver)}
 
 
 def _against_budget(

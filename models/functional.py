@@ -151,7 +151,8 @@ def stack(make_module: Callable[..., nnx.Module], n: int, rngs: nnx.Rngs) -> nnx
     module = nnx.merge(graphs[0], state)
     for _, node in nnx.iter_graph(module):
         if isinstance(node, nnx.Param):
-            node.set_metadata(**{_METADATA: ("layers", *node.get_metadata()[_METADATA])})
+            names = node.get_metadata().get(_METADATA, (None,) * (node.get_value().ndim - 1))
+            node.set_metadata(**{_METADATA: ("layers", *names)})
     return module
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from esscher.core.arrays import expand_like, reduce_events
+from esscher.core.arrays import check_per_example, expand_like, reduce_events
 from esscher.core.contracts import Prediction, Predictor
 from esscher.core.schedules import Schedule
 
@@ -17,9 +17,8 @@ Weight = float | Array | Callable[[Array], Array]
 
 
 def _weight(w: Weight, t: Array, x: Array, name: str = "w") -> Array:
-    w = jnp.asarray(w(t) if callable(w) else w)
-    if w.shape not in ((), x.shape[:1]):
-        raise ValueError(f"{name} must be a scalar or have shape {x.shape[:1]}, one per example, got {w.shape}")
+    w = w(t) if callable(w) else w
+    check_per_example(x, **{name: w})
     return expand_like(w, x)
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from esscher.core.arrays import check_floating
 from esscher.core.contracts import Predictor, Stepper
 
 __all__ = ["check_inputs", "integrate"]
@@ -48,9 +49,7 @@ def integrate(
 
 def check_inputs(x: Array, times: Array) -> None:
     """Raises the errors of `integrate` about the state and the grid."""
-    for name, value in (("x", x), ("times", times)):
-        if not jnp.issubdtype(value.dtype, jnp.floating):
-            raise ValueError(f"{name} must be of a floating type, got {value.dtype}")
+    check_floating(x=x, times=times)
     if times.ndim != 1 or times.shape[0] < 2:
         raise ValueError(f"times must be a vector of at least two, got shape {times.shape}")
     if not isinstance(times, jax.core.Tracer) and not np.all(np.diff(np.asarray(times)) < 0):

@@ -51,13 +51,13 @@ def dpm_solver_3(schedule: Schedule, r1: float | Array = 1 / 3, r2: float | Arra
     r"""DPM-Solver-3, third order: `x_s = DDIM - (sigma_s / r2) ((e^h - 1)/h - 1) (eps_2 - eps)`.
 
     `eps_1` is taken at `lam + r1 h` after a first-order step, `eps_2` at `lam + r2 h` after a step corrected with it:
-    `x_2 = DDIM - sigma_2 (r2 / r1) ((e^(r2 h) - 1)/(r2 h) - 1) (eps_1 - eps)`.
-    Three evaluations a step, one in a step from `alpha = 0` or to `sigma = 0`.
+    `x_2 = DDIM - sigma_2 (r2 / r1) ((e^(r2 h) - 1)/(r2 h) - 1) (eps_1 - eps)`. Three evaluations a step, one in a step
+    from `alpha = 0` or to `sigma = 0`.
 
     Args:
       schedule: the noise schedule.
       r1: where the second evaluation is made, in `(0, 1)`.
-      r2: where the third is made, in `(0, 1)`, not `r1`.
+      r2: where the third is made, in `(0, 1)`; other values than 2/3 lower the order to 2.
 
     Reference: DPM-Solver, arXiv:2206.00927.
     """

@@ -37,8 +37,8 @@ def unipc(schedule: Schedule, order: int = 2, *, variant: Variant = "bh2", corre
 
     Args:
       schedule: the noise schedule.
-      order: of the predictor, 1 to 3; with the corrector the method has order `order + 1`, at most 3 when the start-up
-        dominates.
+      order: of the predictor, 1 to 3; the corrector raises it by one. As steps get small the first ones, of lower
+        order, leave 2 of the predictor's 3, and may leave 3 of the corrector's 4.
       variant: the function `B`; "bh1" is made for few unguided steps.
       corrector: False for the predictor alone, UniP.
 

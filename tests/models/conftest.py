@@ -9,20 +9,22 @@ import pytest
 from esscher.models.functional import initializer
 
 
-@pytest.fixture(scope="session")
-def jit():
-    """`jax.jit` for tiny shapes: compiling is what takes time, not running."""
-    return functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+@pytest.fixture(autouse=True)
+def compile_quickly():
+    """At these shapes compiling is what takes time, not running."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")
-def build(jit):
+def build():
     """`make_module -> (compiled init, compiled apply, axis names)`, once for each maker."""
 
     @functools.cache
     def compiled(make_module):
         network = initializer(make_module)
-        return network._replace(init=jit(network.init), apply=jit(network.apply))
+        return network._replace(init=jax.jit(network.init), apply=jax.jit(network.apply))
 
     return compiled
 

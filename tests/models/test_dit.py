@@ -43,13 +43,13 @@ def test_number_of_parameters(sizes):
     assert sizes or expected == 723_844
 
 
-def test_at_initialisation_a_block_is_the_identity_and_only_the_final_layer_learns(build, jit):
+def test_at_initialisation_a_block_is_the_identity_and_only_the_final_layer_learns(build):
     network, x = build(DIT), normal(1, 2, 4, 4, 1)
     params = network.init(jax.random.key(0))
     block = build(functools.partial(dit.Block, 8, 2))
     tokens, first = normal(1, 2, 4, 8), jax.tree.map(lambda leaf: leaf[0], params["blocks"])
     np.testing.assert_array_equal(block.apply(first, tokens, normal(2, 2, 8)), tokens)
-    gradient = jit(jax.grad(lambda params: jnp.sum((network.apply(params, x, LEVEL, LABEL) - x) ** 2)))(params)
+    gradient = jax.jit(jax.grad(lambda params: jnp.sum((network.apply(params, x, LEVEL, LABEL) - x) ** 2)))(params)
     final = gradient.pop("out")
     assert min(np.abs(leaf).max() for leaf in final.values()) > 0.01
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))

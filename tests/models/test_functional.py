@@ -125,6 +125,8 @@ def test_stacked_modules_are_distinct_and_come_back_in_order():
     for layer, kernel in zip(unstack(stacked), kernels, strict=True):
         np.testing.assert_array_equal(layer.input.kernel[...], kernel)
     assert logical_axes(stacked)["input"]["kernel"] == ("layers", "patch", "embed")
+    plain = stack(functools.partial(nnx.Linear, 2, 4), 3, nnx.Rngs(0))
+    assert logical_axes(plain) == {"kernel": ("layers", None, None), "bias": ("layers", None)}
 
 
 def test_a_network_split_over_a_mesh_by_its_names_gives_the_same_numbers(build, randomize):

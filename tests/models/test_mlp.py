@@ -21,7 +21,7 @@ def test_number_of_parameters():
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == expected
 
 
-def test_trained_on_a_mixture_it_becomes_the_exact_denoiser(jit):
+def test_trained_on_a_mixture_it_becomes_the_exact_denoiser():
     """Its distance to the exact denoiser falls to a small part of that of the untrained one (`F = 0`)."""
     law = GaussianMixture(
         log_weights=jnp.log(jnp.array([0.3, 0.7])),
@@ -31,7 +31,7 @@ def test_trained_on_a_mixture_it_becomes_the_exact_denoiser(jit):
     network, n, batch = initializer(functools.partial(MLP, width=64, depth=2)), 32_768, 256
     denoise, optimizer = edm_denoiser(network.apply, 0.9), optax.adam(optax.cosine_decay_schedule(5e-3, 3 * n // batch))
 
-    @jit
+    @jax.jit
     def draw(key):
         data_key, level_key, noise_key = jax.random.split(key, 3)
         sigma = jnp.exp(-0.5 + jax.random.normal(level_key, (n,)))
@@ -42,7 +42,7 @@ def test_trained_on_a_mixture_it_becomes_the_exact_denoiser(jit):
         weight = (sigma**2 + 0.9**2) / (sigma * 0.9) ** 2
         return jnp.mean(weight * jnp.mean((denoise(params, x, sigma) - exact) ** 2, -1))
 
-    @jit
+    @jax.jit
     def train(params, examples):
         def step(carry, examples):
             params, state = carry

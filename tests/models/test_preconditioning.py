@@ -67,15 +67,15 @@ def test_on_gaussian_data_the_best_network_is_zero(x64):
     )
 
 
-def test_without_noise_the_denoiser_is_the_identity_with_finite_derivatives(network, jit):
+def test_without_noise_the_denoiser_is_the_identity_with_finite_derivatives(network):
     apply, params = network
-    denoise, zero = jit(edm_denoiser(apply)), jnp.zeros(5)
+    denoise, zero = jax.jit(edm_denoiser(apply)), jnp.zeros(5)
     np.testing.assert_array_equal(denoise(params, X, zero), X)
     cotangent = jax.random.normal(jax.random.key(5), X.shape)
-    gradients = jit(jax.grad(lambda *args: jnp.sum(denoise(*args) * cotangent), (0, 1, 2)))(params, X, zero)
+    gradients = jax.jit(jax.grad(lambda *args: jnp.sum(denoise(*args) * cotangent), (0, 1, 2)))(params, X, zero)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradients))
     np.testing.assert_array_equal(gradients[1], cotangent)
-    _, tangent = jit(lambda sigma: jax.jvp(lambda sigma: denoise(params, X, sigma), (sigma,), (sigma + 1,)))(zero)
+    _, tangent = jax.jit(lambda sigma: jax.jvp(lambda sigma: denoise(params, X, sigma), (sigma,), (sigma + 1,)))(zero)
     assert np.all(np.isfinite(tangent))
 
 
@@ -123,26 +123,26 @@ def law():
 
 
 @pytest.mark.parametrize("name", ["vp_linear", "cosine", "ve", "edm", "rectified_flow", "trig_flow"])
-def test_one_denoiser_predicts_under_every_schedule(name, law, jit, x64):
+def test_one_denoiser_predicts_under_every_schedule(name, law, x64):
     """The mixture's denoiser under EDM noise gives the mixture's own prediction under any other schedule."""
     law = jax.tree.map(lambda leaf: leaf.astype("float64"), law)
     schedule = getattr(schedules, name)()
     t = jnp.linspace(0.1, 0.9, 5) * schedule.t_max
     x = X.astype("float64")
     denoise = lambda x, sigma: law.predictor(schedules.edm())(x, sigma).data  # noqa: E731
-    both = jit(lambda x, t: (denoiser_predictor(denoise, schedule)(x, t), law.predictor(schedule)(x, t)))
+    both = jax.jit(lambda x, t: (denoiser_predictor(denoise, schedule)(x, t), law.predictor(schedule)(x, t)))
     for ours, exact in zip(*both(x, t), strict=True):
         np.testing.assert_allclose(ours, exact, rtol=1e-7, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", ["vp_linear", "edm", "rectified_flow"])
-def test_at_time_zero_the_prediction_is_the_state_and_its_gradient_is_finite(name, network, jit):
+def test_at_time_zero_the_prediction_is_the_state_and_its_gradient_is_finite(name, network):
     apply, params = network
     predictor = denoiser_predictor(lambda x, sigma: edm_denoiser(apply)(params, x, sigma), getattr(schedules, name)())
     data, noise = predictor(X, 0.0)  # a scalar time serves all examples
     np.testing.assert_array_equal(data, X)
     assert not np.any(noise)
-    gradient = jit(jax.grad(lambda x: sum(jnp.sum(part**2) for part in predictor(x, 0.0))))(X)
+    gradient = jax.jit(jax.grad(lambda x: sum(jnp.sum(part**2) for part in predictor(x, 0.0))))(X)
     np.testing.assert_allclose(gradient, 2 * X, rtol=1e-6)
 
 

@@ -29,13 +29,13 @@ def test_shape_is_kept(sizes):
     assert jax.eval_shape(network.apply, shapes, x, jnp.zeros(3), jnp.zeros(3, int)).shape == x.shape
 
 
-def test_every_parameter_counts(randomize, jit):
+def test_every_parameter_counts(randomize):
     """No block is left out and no skip dropped: the gradient reaches every array."""
     sizes = {"image_size": 4, "channels": 2, "width": 4, "blocks": 1, "attention": (4,), "classes": 2}
     network = initializer(functools.partial(unet.UNet, **sizes))
     x, level, label = normal(3, 2, 4, 4, 2), jnp.array([-0.5, 0.6]), jnp.array([0, 2])
     loss = lambda params: jnp.sum(jnp.sin(network.apply(params, x, level, label)))  # noqa: E731
-    for path, leaf in jax.tree.leaves_with_path(jit(jax.grad(loss))(randomize(network))):
+    for path, leaf in jax.tree.leaves_with_path(jax.jit(jax.grad(loss))(randomize(network))):
         assert np.abs(leaf).max() > 1e-5, jax.tree_util.keystr(path)
 
 

@@ -86,7 +86,7 @@ def test_a_weight_of_the_wrong_shape_is_named(bad):
         guidance.mix((UNCOND, THIRD, COND), (1.0, bad)),
         guidance.classifier(UNCOND, log_prob, bad, COSINE),
     ):
-        with pytest.raises(ValueError, match=r"w must be a scalar or have shape \(3,\), one per example, got"):
+        with pytest.raises(ValueError, match=r"w must be a scalar or have shape \(3,\), got"):
             jax.eval_shape(predict, X, T)
     with pytest.raises(ValueError, match="phi must be a scalar"):
         jax.eval_shape(guidance.rescale(COND, UNCOND, bad, COSINE), X, T)
