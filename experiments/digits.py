@@ -71,11 +71,11 @@ class Config:
     """Blocks of the transformer."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the network's arithmetic; parameters stay in float32."""
-    steps: int = 1500
+    steps: int = 2000
     """Training steps."""
     batch_size: int = 128
     """Examples per step, over all devices."""
-    save_every: int = 300
+    save_every: int = 400
     """Steps between checkpoints, a multiple of 20."""
     seed: int = 0
     """Seed of parameters, noise and data order."""

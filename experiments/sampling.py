@@ -31,6 +31,7 @@ SOLVERS: dict[str, tuple[Callable[[schedules.Schedule], Stepper], int]] = {  # e
     "ancestral": (steppers.ancestral, 1),
     "SDE-DPM-Solver++(2M)": (steppers.sde_dpm_solver_pp_2m, 1),
 }
+SIGMA_MAX = 20.0  # 25 to 40 times the deviation of small images; training hardly sees more noise than that
 SHEET, REFERENCE = ("DPM-Solver++(2M)", 20), ("Heun", 64)  # solver and evaluations
 
 
@@ -78,7 +79,7 @@ def sampler(
 
 def noise_levels(solver: str, evaluations: int) -> Array:
     """EDM's noise levels for as many steps as the budget allows; the last step takes one evaluation."""
-    return schedules.edm_times((evaluations - 1) // SOLVERS[solver][1] + 1)
+    return schedules.edm_times((evaluations - 1) // SOLVERS[solver][1] + 1, sigma_max=SIGMA_MAX)
 
 
 @functools.lru_cache(maxsize=32)

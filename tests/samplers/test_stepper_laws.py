@@ -105,11 +105,11 @@ def test_under_vmap_over_grids_the_branch_not_taken_does_no_harm(x64, line, name
     np.testing.assert_allclose(values, [jax.jit(loss)(theta | {"times": times}) for times in grids], rtol=1e-9)
 
 
-def toward(point):
-    """A plain predictor that is cheap to compile: its data term is pulled towards a point."""
+def toward(point, spread=0.3):
+    """A plain predictor that is cheap to compile: its data term is a point, and a little of the state."""
 
     def predict(x, t):
-        data = point + 0.3 * jnp.tanh(x)
+        data = point + spread * jnp.tanh(x)
         return Prediction(data, (x - data) / t[:, None])
 
     return predict
@@ -126,7 +126,7 @@ GUIDANCE = {
     "interval": lambda c, u, h: guidance.cfg(c, u, guidance.interval(2 * h, h, 1 + h)),
     "cfg_plus_plus": lambda c, u, h: guidance.cfg_plus_plus(c, u, h),
     "mix": lambda c, u, h: guidance.mix((u, c, toward(2.0)), (h, -0.5 * h)),
-    "rescale": lambda c, u, h: guidance.rescale(guidance.cfg(c, u, 3.0), c, h, EDM),
+    "rescale": lambda c, u, h: guidance.rescale(toward(0.0, 0.9), toward(0.0, 0.4), h, EDM),  # of unlike contrast
     "classifier": lambda c, u, h: guidance.classifier(u, lambda x, t: -jnp.sum(x**2, -1), h, EDM),
 }
 
