@@ -67,6 +67,38 @@ def test_blocks_start_near_a_multiple_of_the_identity(build):
         np.testing.assert_allclose(out, multiple * x, atol=1e-4)
 
 
+@pytest.mark.parametrize("resample", ["down", "up"])
+def test_a_block_agrees_with_its_equations(resample, build, randomize):
+    network = build(functools.partial(unet.ResidualBlock, 4, 8, 6, resample=resample, attention=True))
+    params, x, condition = randomize(network, size=0.4), normal(0, 2, 4, 4, 4), normal(1, 2, 6)
+    silu = jax.nn.silu
+
+    def norm(layer, x):  # four and eight channels: one and two groups of four
+        parts = jnp.stack(jnp.split(x, x.shape[-1] // 4, -1))
+        parts = (parts - parts.mean((2, 3, 4), keepdims=True)) / parts.std((2, 3, 4), keepdims=True)
+        return jnp.concatenate(list(parts), -1) * layer["scale"] + layer["bias"]
+
+    def conv(layer, x):
+        kernel = jnp.asarray(layer["kernel"]).transpose(3, 2, 0, 1)
+        return jax.lax.conv(x.transpose(0, 3, 1, 2), kernel, (1, 1), "SAME").transpose(0, 2, 3, 1) + layer["bias"]
+
+    def resized(x):
+        return x.reshape(2, 2, 2, 2, 2, -1).mean((2, 4)) if resample == "down" else x.repeat(2, 1).repeat(2, 2)
+
+    h = conv(params["conv_in"], resized(silu(norm(params["norm_in"], x))))
+    modulation = params["modulation"]
+    scale, shift = (condition @ modulation["kernel"][:, i] + modulation["bias"][i] for i in range(2))
+    h = conv(params["conv_out"], silu(norm(params["norm_out"], h) * (1 + scale[:, None, None]) + shift[:, None, None]))
+    h = (h + conv(params["skip"], resized(x))) / jnp.sqrt(2.0)
+    attention, tokens = params["attention"], norm(params["norm"], h).reshape(2, -1, 8)
+    qkv = jnp.einsum("bne,ehik->ibnhk", tokens, attention["qkv"]["kernel"])
+    query, key, value = qkv + attention["qkv"]["bias"].transpose(1, 0, 2)[:, None, None]
+    weights = jax.nn.softmax(jnp.einsum("bnhk,bmhk->bhnm", query, key) / jnp.sqrt(8.0), -1)
+    mixed = jnp.einsum("bhnm,bmhk,hke->bne", weights, value, attention["projection"]["kernel"])
+    expected = (h + (mixed + attention["projection"]["bias"]).reshape(h.shape)) / jnp.sqrt(2.0)
+    np.testing.assert_allclose(network.apply(params, x, condition), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_resampling_takes_means_and_copies():
     x = normal(0, 2, 4, 6, 3)
     small, large = unet._resample(x, "down"), unet._resample(x, "up")
