@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from jax import Array
 
-__all__ = ["Prediction", "Predictor", "ReverseKernel", "Stepper"]
+__all__ = ["LanguageModel", "Prediction", "Predictor", "ReverseKernel", "Stepper", "Transform"]
 
 
 class Prediction(NamedTuple):
@@ -42,3 +42,35 @@ class ReverseKernel(NamedTuple):
     """`(key, x[B, ...], t, s) -> x_s[B, ...]`."""
     log_prob: Callable[..., Array]
     """`(x_s[B, ...], x[B, ...], t, s) -> [B]`, in nats."""
+
+
+class LanguageModel(NamedTuple):
+    """Next-token logits with a cache of what has been read, as closures over the parameters.
+
+    Every leaf of a cache has the batch axis in front, so that rows can be repeated, gathered or resampled. Logits are
+    those of the token that follows. Prompts are ragged on the left: `mask` is 0 before a row's first token.
+    """
+
+    init: Callable[[Array, Array], tuple[Array, Any]]
+    """`(prompt[B, T0], mask[B, T0]) -> (logits[B, V], cache)`."""
+    step: Callable[[Any, Array], tuple[Array, Any]]
+    """`(cache, token[B]) -> (logits[B, V], cache)`."""
+    extend: Callable[[Any, Array], tuple[Array, Any]] | None = None
+    """`(cache, tokens[B, G]) -> (logits[B, G, V], cache)`: as `G` steps, in one pass; speculative sampling needs it."""
+    rewind: Callable[[Any, Array], Any] | None = None
+    """`(cache, n[B]) -> cache` without each row's last `n` tokens; speculative sampling needs it."""
+
+
+class Transform(NamedTuple):
+    """What turns a model's next-token logits into those that are sampled from; its carry follows the tokens chosen.
+
+    A temperature has no carry; a repetition penalty carries what it has seen, a grammar its state, a contrast or a
+    value function the cache of another model. Every leaf of a carry has the batch axis in front.
+    """
+
+    init: Callable[[Array, Array, int], Any]
+    """`(prompt[B, T0], mask[B, T0], vocabulary) -> carry`."""
+    apply: Callable[[Array, Any], Array]
+    """`(logits[B, V], carry) -> logits[B, V]`; a forbidden token's is `-inf`, and at least one is left."""
+    update: Callable[[Any, Array], Any]
+    """`(carry, token[B]) -> carry`."""
