@@ -1,4 +1,4 @@
-"""Every public function of objectives and samplers has an example."""
+"""Every public function of objectives, samplers and core/tokens has an example."""
 
 import importlib
 import pathlib
@@ -7,7 +7,7 @@ import pytest
 from laws.collection import examples
 
 ROOT = pathlib.Path(__file__).parents[2]
-ROOMS = ("objectives", "samplers")
+ROOMS = ("objectives", "samplers", "core/tokens")
 
 
 def public_functions():

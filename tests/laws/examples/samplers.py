@@ -103,7 +103,7 @@ EXAMPLES = [
         schedule=schedules.edm(),
         times=jnp.array([3.0, 1.0, 0.3, 0.0]),
         keyed=True,
-        covers=(coefficients.safe_sqrt, coefficients.standard_normal),
+        covers=(coefficients.standard_normal,),
         churn=jnp.asarray(0.6),
         noise_scale=jnp.asarray(1.01),
     ),
