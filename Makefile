@@ -19,7 +19,7 @@ lint: .venv/test.stamp  ## Check style; `ruff format .` and `ruff check --fix .`
 
 bench: .venv/test.stamp  ## Measure against peers, in one run each; installs torch and diffusers.
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[experiments,dev,peers]'
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	for script in benchmarks/[!_]*.py; do $(BIN)/python $$script || exit 1; done
 
 methods: .venv/test.stamp  ## Write METHODS.md anew from the docstrings.
 	$(BIN)/python tools/methods.py > METHODS.md
@@ -28,7 +28,7 @@ clean:  ## Remove the environment and the caches, not the runs.
 	rm -rf .venv .jax_cache .pytest_cache .ruff_cache *.egg-info
 
 .venv/demo.stamp: EXTRAS := experiments
-.venv/test.stamp: EXTRAS := experiments,dev,tpu
+.venv/test.stamp: EXTRAS := experiments,hf,dev,tpu
 .venv/%.stamp: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: esscher needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -61,6 +61,9 @@ class Conv(nnx.Module):
     """Square convolution with zero padding, `[B, H, W, channels_in] -> [B, H, W, channels_out]`, of odd window.
 
     The kernel is drawn by Xavier's uniform rule times `gain`.
+
+    Raises:
+      ValueError: `window` is even.
     """
 
     def __init__(
@@ -74,6 +77,8 @@ class Conv(nnx.Module):
         rngs: nnx.Rngs,
     ):
         """Draws the kernel; the bias is zero."""
+        if window % 2 == 0:
+            raise ValueError(f"window must be odd, got {window}")
         shape = (window, window, channels_in, channels_out)
         kernel = _xavier(gain, -2, -1)(rngs.params(), shape, jnp.float32)
         self.kernel = parameter(kernel, (None, None, "channels_in", "channels_out"))

@@ -97,6 +97,12 @@ def test_neighbouring_noise_levels_are_told_apart_and_blend_smoothly():
     assert distance[1] < 0.1
 
 
+@pytest.mark.parametrize("window", [0, 2, 4])
+def test_a_window_must_be_odd(window):
+    with pytest.raises(ValueError, match=f"window must be odd, got {window}"):
+        layers.Conv(3, 5, window=window, rngs=RNGS)
+
+
 def test_heads_must_divide_the_width():
     with pytest.raises(ValueError, match="width must be a multiple of heads=3, got 8"):
         layers.SelfAttention(8, 3, rngs=RNGS)

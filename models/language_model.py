@@ -1,0 +1,113 @@
+r"""The decoder as a `LanguageModel`: a prompt is read at once, then tokens one or several at a time, with a cache.
+
+Layers are run one after another, not by a scan, each with its own cache and with fused projections: a token costs the
+reading of the weights once, and caches are written in place.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from esscher.core.contracts import LanguageModel
+from esscher.models import decoder
+from esscher.models.attention import Attention, cached_attention, dot_product_attention
+from esscher.models.decoder import Config
+from esscher.models.functional import Params
+
+__all__ = ["Cache", "language_model"]
+
+
+class Cache(NamedTuple):
+    """What has been read: keys and values in slots `0..S`, of which rows may use different ones."""
+
+    keys: tuple[Array, ...]  # per layer, [B, K, S, D], positions applied
+    values: tuple[Array, ...]  # likewise
+    positions: Array  # [B, S] of the token in each slot, -1 if there is none
+    position: Array  # [B] of the next token
+    slot: Array  # [B] of the next token, the same in all rows
+
+
+def language_model(
+    params: Params, config: Config, capacity: int, *, attention: Attention = dot_product_attention
+) -> LanguageModel:
+    """A decoder with a cache of `capacity` tokens, prompt included; past it, logits are NaN.
+
+    `extend` writes all rows' tokens into the same slots. Rows from which `rewind` took fewer tokens than from others
+    leave slots empty, so leave room where rows differ: `G` tokens for every round of speculation.
+
+    Args:
+      params: of `decoder.init` or `hf.load`.
+      config: which decoder.
+      capacity: of the cache.
+      attention: that reads the prompt, see `models.attention`.
+
+    Returns:
+      Its four functions.
+    """
+    stacked = params["layers"]
+    layers = [decoder.fuse(jax.tree.map(lambda leaf, i=i: leaf[i], stacked)) for i in range(config.depth)]
+
+    def forward(tokens: Array, positions: Array, cache: Cache | None) -> tuple[Array, list[tuple[Array, Array]], Array]:
+        """Hidden states; keys and values of each layer; and positions of the keys."""
+        known = positions if cache is None else _write(cache.positions, positions, cache.slot, axis=1)
+        rotations, masks = decoder.kinds(config, positions, known, (known >= 0)[:, None])
+        x, written = decoder.embed(params, config, tokens), []
+        for i, weights in enumerate(layers):
+            kind = int(bool(config.sliding) and config.sliding[i])
+
+            def attend(query, key, value, i=i, kind=kind):
+                options = {
+                    "mask": masks[kind],
+                    "scale": decoder.query_scale(config),
+                    "softcap": config.attention_softcap,
+                }
+                stored = [jnp.swapaxes(x, 1, 2) for x in (key, value)]
+                if cache is None:
+                    written.append(stored)
+                    return attention(query, key, value, **options)
+                pairs = zip((cache.keys[i], cache.values[i]), stored, strict=True)
+                written.append([_write(buffer, new, cache.slot, axis=2) for buffer, new in pairs])
+                return cached_attention(query, *written[-1], **options)
+
+            x = decoder.layer(weights, config, x, rotations[kind], attend)
+        return decoder.final_norm(params, config, x), written, known
+
+    def init(prompt: Array, mask: Array) -> tuple[Array, Cache]:
+        length = prompt.shape[1]
+        if not 0 < length <= capacity:
+            raise ValueError(f"prompt must have 1 to {capacity} tokens, the capacity, got {length}")
+        present = mask != 0
+        positions = jnp.where(present, jnp.cumsum(present, axis=1, dtype=jnp.int32) - 1, -1)
+        states, written, _ = forward(jnp.where(present, prompt, 0), positions, None)
+        room = ((0, 0), (0, 0), (0, capacity - length), (0, 0))
+        keys, values = (tuple(jnp.pad(x, room) for x in part) for part in zip(*written, strict=True))
+        known = jnp.pad(positions, room[1:3], constant_values=-1)
+        slot = jnp.full(prompt.shape[0], length, jnp.int32)
+        cache = Cache(keys, values, known, positions.max(1) + 1, slot)
+        return decoder.logits(params, config, states[:, -1]), cache
+
+    def extend(cache: Cache, tokens: Array) -> tuple[Array, Cache]:
+        n = tokens.shape[1]
+        states, written, known = forward(tokens, cache.position[:, None] + jnp.arange(n, dtype=jnp.int32), cache)
+        keys, values = (tuple(part) for part in zip(*written, strict=True))
+        out = decoder.logits(params, config, states)
+        out = jnp.where((cache.slot + n <= capacity)[:, None, None], out, jnp.nan)
+        return out, Cache(keys, values, known, cache.position + n, cache.slot + n)
+
+    def step(cache: Cache, token: Array) -> tuple[Array, Cache]:
+        out, cache = extend(cache, token[:, None])
+        return out[:, 0], cache
+
+    return LanguageModel(init, step, extend, _rewind)
+
+
+def _rewind(cache: Cache, n: Array) -> Cache:
+    position = cache.position - n
+    positions = jnp.where(cache.positions < position[:, None], cache.positions, -1)
+    return cache._replace(positions=positions, position=position, slot=cache.slot - n.min())
+
+
+def _write(buffer: Array, new: Array, slot: Array, axis: int) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), slot[0], axis)
