@@ -2,8 +2,10 @@
 
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 __all__ = [
     "Reduce",
@@ -12,7 +14,9 @@ __all__ = [
     "check_per_example",
     "check_same_shape",
     "expand_like",
+    "normal",
     "reduce_events",
+    "safe_sqrt",
     "squared_norm",
 ]
 
@@ -46,6 +50,17 @@ def at_least_float32(x: Array) -> Array:
     """The array in float32, or in its own type if that is wider."""
     x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def normal(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    """Standard normal numbers in `dtype`, but in float32 at least: a bfloat16 normal has 128 values and no tails."""
+    return jax.random.normal(key, shape, jnp.promote_types(dtype, jnp.float32))
+
+
+def safe_sqrt(x: Array) -> Array:
+    """Square root of the positive part, with gradient 0 where that is 0."""
+    outside = x <= 0  # and not `x > 0`, with which a NaN would become 0
+    return jnp.where(outside, 0.0, jnp.sqrt(jnp.where(outside, 1.0, x)))
 
 
 # --- checks, at trace time; the keyword is the argument's name in the message -----------------------------------------

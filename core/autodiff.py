@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from esscher.core.arrays import at_least_float32, reduce_events
+from esscher.core.arrays import at_least_float32, normal, reduce_events
 
 __all__ = ["Probe", "divergence", "draw_probes", "hutchinson_divergence", "value_and_quadratic_form"]
 
@@ -106,8 +106,7 @@ def draw_probes(key: Array, x: Array, n: int, distribution: Probe = "rademacher"
     if distribution == "rademacher":
         return jax.random.rademacher(key, (n, *x.shape), x.dtype)
     if distribution == "gaussian":
-        # Drawn in float32 at least: normal numbers drawn in bfloat16 have no tails.
-        return jax.random.normal(key, (n, *x.shape), jnp.promote_types(x.dtype, jnp.float32)).astype(x.dtype)
+        return normal(key, (n, *x.shape), x.dtype).astype(x.dtype)
     raise ValueError(f'distribution must be "rademacher" or "gaussian", got {distribution!r}')
 
 

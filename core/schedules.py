@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from esscher.core.arrays import expand_like
+from esscher.core.arrays import expand_like, safe_sqrt
 from esscher.core.contracts import Prediction
 
 __all__ = [
@@ -57,7 +57,8 @@ class Schedule(NamedTuple):
 def vp_linear(beta_min: float | Array = 0.1, beta_max: float | Array = 20.0) -> Schedule:
     """Variance preserving, rate linear in time: `log alpha = -b0 t/2 - (b1 - b0) t^2/4`, `sigma^2 = 1 - alpha^2`.
 
-    `sigma_dot` is infinite at `t = 0`, so the velocity is not defined there.
+    `sigma_dot` is infinite at `t = 0`, so the velocity is not defined there. Differentiating `sigma` gives 0 in its
+    place, so that the gradients in all else (the two rates, the state) are right on grids that end there.
 
     Reference: Score-Based Generative Modeling through SDEs, arXiv:2011.13456.
     """
@@ -73,7 +74,7 @@ def vp_linear(beta_min: float | Array = 0.1, beta_max: float | Array = 20.0) -> 
         return jnp.exp(-0.5 * integral(t))
 
     def sigma(t):
-        return jnp.sqrt(-jnp.expm1(-integral(t)))
+        return safe_sqrt(-jnp.expm1(-integral(t)))
 
     def inverse_log_snr_half(log_snr):
         total = jax.nn.softplus(-2 * log_snr)

@@ -20,7 +20,6 @@ class Judge(NamedTuple):
     classify: Callable[[np.ndarray], np.ndarray]  # -> labels [N]
     features: Callable[[np.ndarray], np.ndarray]  # -> principal components [N, K]
     real_features: np.ndarray  # [N, K] of the training split
-    classes: int
     accuracy: float  # of the classifier on the test split
     floor: float  # Fréchet distance between the real training and test splits
 
@@ -52,8 +51,7 @@ def fit_judge(
 
     real = features(train[0])
     floor = float(frechet_distance(jnp.asarray(real), jnp.asarray(features(test[0]))))
-    classes = int(max(train[1].max(), test[1].max())) + 1
-    return Judge(classify, features, real, classes, float(np.mean(classify(test[0]) == test[1])), floor)
+    return Judge(classify, features, real, float(np.mean(classify(test[0]) == test[1])), floor)
 
 
 def agreement(judge: Judge, images: np.ndarray, labels: np.ndarray) -> float:

@@ -98,11 +98,7 @@ def draw(study: Study, solver: str, evaluations: int, label: np.ndarray, w: floa
     sample = _compiled(study.denoise, study.image_shape, study.classes, solver)
     rows = jax.device_put(label.astype(np.int32), NamedSharding(study.mesh, meshes.BATCH))
     images = sample(study.params, study.key, rows, w, noise_levels(solver, evaluations))
-    if jax.process_count() == 1:
-        return np.asarray(images)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(images, tiled=True))
+    return meshes.gather(images)
 
 
 def _labels(study: Study, samples: int) -> np.ndarray:
@@ -143,16 +139,28 @@ def report(
     sheets: dict[float, np.ndarray],
     guided: dict[float, Quality],
     solvers: dict[str, list[Quality]],
+    classes: int,
 ) -> dict[str, str]:
-    """Draws the figures and returns the sections of the report."""
-    shown = min(judge.classes, 10)
-    rows = [np.concatenate([images[c :: judge.classes][:2] for c in range(shown)]) for images in sheets.values()]
+    """Draws the figures and returns the sections of the report.
+
+    Args:
+      folder: of the run.
+      judge: gives the real images' numbers to compare with.
+      sheets: samples by guidance weight, at least one of each class, of `by_weight`.
+      guided: their quality.
+      solvers: quality of the conditional samples, of `by_solver`.
+      classes: those of the study; class `i % classes` was asked of sample `i`.
+    """
+    shown = min(classes, 10)
+    rows = [np.concatenate([images[c::classes][:2] for c in range(shown)]) for images in sheets.values()]
+    each = "two samples" if len(rows[0]) == 2 * shown else "one sample"
+    which = "each class" if shown == classes else f"each of the first {shown} classes"
     names = ["unguided" if w == 0 else f"w = {w:g}" for w in sheets]
     path = folder / "figures" / "samples.png"
     sheet = figures.image_grid(np.stack(rows), names, [str(c) for c in range(shown)], path)
     weights = [[w, q.agreement, q.distance] for w, q in guided.items()]
     by_weight = [
-        f"{SHEET[0]}, {SHEET[1]} evaluations; two samples of each class.",
+        f"{SHEET[0]}, {SHEET[1]} evaluations; {each} of {which}.",
         reporting.picture(sheet, folder, "Samples by class and guidance weight"),
         reporting.table(["w", "agreement", "Fréchet distance"], weights),
     ]

@@ -167,11 +167,12 @@ class GaussianMixture(NamedTuple):
         curvature = self.covariances @ A / beta
         system = jnp.eye(self.means.shape[-1], dtype=self.means.dtype) + curvature
         covariances = jnp.linalg.solve(system, self.covariances)
+        sign, log_determinant = jnp.linalg.slogdet(system)
+        exists = (sign > 0) & _no_negative_direction(self.covariances, A / beta)
+        covariances = jnp.where(exists[:, None, None], covariances, jnp.nan)
         pull = (b - self.means @ A) / beta
         step = jnp.einsum("kij,kj->ki", covariances, pull)
         reward = self.means @ b - 0.5 * jnp.einsum("ki,ij,kj->k", self.means, A, self.means)
-        sign, log_determinant = jnp.linalg.slogdet(system)
-        log_determinant = jnp.where(sign > 0, log_determinant, jnp.nan)
         log_gain = reward / beta + 0.5 * jnp.sum(pull * step, -1) - 0.5 * log_determinant
         return GaussianMixture(self.log_weights + log_gain, self.means + step, covariances)
 
@@ -202,6 +203,22 @@ class GaussianMixture(NamedTuple):
         log_determinant = jnp.linalg.slogdet(2 * jnp.pi * self.covariances)[1]
         log_mass = 0.5 * (1 - power) * log_determinant - 0.5 * dimension * jnp.log(power)
         return GaussianMixture(log_mass, self.means, self.covariances / power)
+
+
+def _no_negative_direction(covariances: Array, curvature: Array) -> Array:
+    """Whether no eigenvalue of `I + S_k C` is below zero by more than rounding, `[K]`; the determinant shows odd ones.
+
+    They are looked for twice: in a symmetric matrix similar to it, where rounding by the large eigenvalues hides the
+    small ones, and in the tilted covariance, its inverse times `S_k`, where it is the other way round.
+    """
+    covariances, curvature = jax.lax.stop_gradient((covariances, curvature))
+    identity = jnp.eye(curvature.shape[-1], dtype=covariances.dtype)
+    roots = _square_roots(covariances)
+    positive = roots @ roots  # S_k, but for the negative eigenvalues that rounding gives to singular ones
+    tilted = jnp.linalg.solve(identity + positive @ curvature, positive)
+    values = jnp.linalg.eigvalsh(jnp.stack([identity + roots @ curvature @ roots, tilted]))
+    rounding = curvature.shape[-1] * jnp.finfo(values.dtype).eps * jnp.abs(values).max(-1)
+    return jnp.all(values.min(-1) >= -rounding, 0)
 
 
 def _square_roots(covariances: Array) -> Array:

@@ -3,11 +3,11 @@
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from esscher.core.arrays import normal, safe_sqrt
 from esscher.core.contracts import Prediction
 from esscher.core.schedules import Schedule
 
@@ -18,7 +18,6 @@ __all__ = [
     "implied_data",
     "noise_levels",
     "phis",
-    "safe_sqrt",
     "standard_normal",
     "step_coefficients",
 ]
@@ -42,7 +41,11 @@ class StepCoefficients(NamedTuple):
 
 
 def step_coefficients(schedule: Schedule, t: Array, s: Array) -> StepCoefficients:
-    """The scalars of the step from `t` to `s`; neither values nor gradients are NaN at the two ends of a schedule."""
+    """The scalars of the step from `t` to `s`; neither values nor gradients are NaN at the two ends of a schedule.
+
+    They are exact there too, but for one that does not exist: under `vp_linear` the derivative of `sigma` in time is
+    infinite at 0, and 0 is taken in its place.
+    """
     alpha_t, sigma_t, alpha_s, sigma_s = (f(u) for u in (t, s) for f in (schedule.alpha, schedule.sigma))
     # A `where` around a logarithm of zero still has a NaN gradient, so its argument is moved inside the step first.
     middle = 0.5 * (t + s)
@@ -70,13 +73,8 @@ def noise_levels(c: StepCoefficients, eta: float | Array) -> tuple[Array, Array]
 
 
 def standard_normal(key: Array, x: Array) -> Array:
-    """Noise in the shape of `x`, drawn in float32 at least: a bfloat16 normal has 128 values and no tails."""
-    return jax.random.normal(key, x.shape, jnp.promote_types(x.dtype, jnp.float32))
-
-
-def safe_sqrt(x: Array) -> Array:
-    """Square root of the positive part, with gradient 0 where that is 0."""
-    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0)
+    """Noise in the shape of `x`, in float32 at least."""
+    return normal(key, x.shape, x.dtype)
 
 
 def implied_data(x: Array, prediction: Prediction, c: StepCoefficients) -> Array:

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from esscher.core.arrays import safe_sqrt
 from esscher.core.contracts import Prediction, Predictor, Stepper
 from esscher.core.schedules import Schedule
-from esscher.samplers.steppers.coefficients import safe_sqrt, standard_normal
+from esscher.samplers.steppers.coefficients import standard_normal
 
 __all__ = ["edm_stochastic", "euler", "heun"]
 

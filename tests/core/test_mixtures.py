@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import jax.test_util
 import numpy as np
 import pytest
 
@@ -228,6 +229,41 @@ def test_tilts_compose_and_point_masses_stay(plane):
 
 def test_a_tilt_that_does_not_exist_is_not_finite(p):
     assert not np.isfinite(p.tilt_quadratic(jnp.array([[-4.0]]), jnp.zeros(1), 1.0).log_weights).any()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("A", [(-2.0, -2.0), (-1.0, -1.0), (-1e8, -1e8), (-2.0, 1e8), (-2.0, -2.0, 1e8)])
+def test_a_tilt_with_negative_directions_does_not_exist_however_many_they_are(A, dtype):
+    n, A = len(A), jnp.diag(jnp.array(A, dtype))
+    law = GaussianMixture(jnp.zeros(1, dtype), jnp.zeros((1, n), dtype), jnp.eye(n, dtype=dtype)[None])
+    assert not np.isfinite(law.log_z(A, jnp.ones(n, dtype), 1.0))
+    for field in law.tilt_quadratic(A, jnp.ones(n, dtype), 1.0):
+        assert not np.isfinite(field).any()
+
+
+def test_one_component_without_a_tilt_leaves_none_to_the_mixture(plane):
+    wide = plane._replace(covariances=plane.covariances.at[1].set(3 * jnp.eye(2)))
+    A = -0.5 * jnp.eye(2)
+    assert np.isfinite(GaussianMixture(*(field[1:2] for field in wide)).log_z(-0.3 * jnp.eye(2), jnp.zeros(2), 1.0))
+    assert not np.isfinite(wide.log_z(A, jnp.zeros(2), 1.0))
+
+
+def test_a_precise_observation_of_one_direction_is_a_tilt_in_single_precision():
+    """Its eigenvalues, 1e8 and 1, are too far apart for float32 to tell the sign of the smaller one."""
+    covariance = jnp.array([[1.0, 0.6], [0.6, 2.0]], jnp.float32)
+    law = GaussianMixture(jnp.zeros(1, jnp.float32), jnp.zeros((1, 2), jnp.float32), covariance[None])
+    out = law.tilt_quadratic(jnp.diag(jnp.array([1.0, 0.0], jnp.float32)), jnp.zeros(2, jnp.float32), 1e-8)
+    np.testing.assert_allclose(out.covariances[0], [[1e-8, 0.6e-8], [0.6e-8, 1.64]], rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(out.log_weights, 0.0)
+
+
+def test_gradients_of_a_tilt_agree_with_finite_differences(plane):
+    """Equal eigenvalues too, at which those of an eigendecomposition would be NaN."""
+    laws = (plane, plane._replace(covariances=jnp.stack([0.5 * jnp.eye(2)] * 3)))
+    A, b, beta = jnp.array([[0.6, 0.2], [0.2, -0.1]]), jnp.array([0.4, -0.7]), 0.9
+    for law in laws:
+        arguments = (law, A, b, beta)
+        jax.test_util.check_grads(lambda law, *reward: law.log_z(*reward), arguments, 1, ("fwd", "rev"), eps=1e-5)
 
 
 def test_annealing_a_gaussian_agrees_with_quadrature_and_a_mixture_is_refused(p):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from esscher.core import schedules
+from esscher.core.exact import GaussianMixture
 
 SCHEDULES = {
     "vp_linear": schedules.vp_linear(),
@@ -125,6 +126,43 @@ def test_schedule_hyperparameters_are_traced_and_vmapped():
     out = jax.jit(jax.vmap(lambda b: schedules.vp_linear(0.1, b).alpha(jnp.asarray(0.7))))(beta_max)
     expected = [math.exp(-0.05 * 0.7 - (b - 0.1) * 0.49 / 4) for b in (5.0, 20.0)]
     np.testing.assert_allclose(out, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("name", ["vp_linear", "trig_flow"])
+def test_gradients_in_a_schedules_own_parameters_agree_with_finite_differences_at_both_ends(name, t, x64):
+    make, values = {
+        "vp_linear": (schedules.vp_linear, jnp.array([0.1, 20.0])),
+        "trig_flow": (schedules.trig_flow, jnp.array([0.5])),
+    }[name]
+
+    def scalars(values):
+        schedule = make(*values)
+        time = jnp.asarray(t) * schedule.t_max
+        return jnp.stack([schedule.alpha(time), schedule.sigma(time)])
+
+    ours, step = jax.jacobian(scalars)(values), 1e-6
+    differences = [(scalars(values + e) - scalars(values - e)) / (2 * step) for e in step * jnp.eye(values.size)]
+    np.testing.assert_allclose(ours, jnp.stack(differences, -1), rtol=1e-6, atol=1e-9)
+
+
+def test_where_the_derivative_in_time_is_infinite_it_is_taken_as_zero():
+    vp = schedules.vp_linear()
+    assert jax.grad(vp.sigma)(0.0) == 0
+    assert jnp.isinf(vp.sigma_dot(jnp.asarray(0.0)))
+    assert jnp.isnan(vp.sigma(jnp.nan))
+
+
+def test_the_exact_predictor_is_differentiable_in_the_schedules_parameters(x64):
+    law = GaussianMixture(jnp.log(jnp.array([0.3, 0.7])), jnp.array([[-1.0], [1.5]]), jnp.array([[[0.2]], [[0.35]]]))
+
+    def predict(beta_min):
+        prediction = law.predictor(schedules.vp_linear(beta_min))(jnp.array([[0.4]]), jnp.array([0.5]))
+        return jnp.concatenate(prediction).ravel()
+
+    difference = (predict(0.1 + 1e-6) - predict(0.1 - 1e-6)) / 2e-6
+    np.testing.assert_allclose(jax.jacfwd(predict)(0.1), difference, rtol=1e-7)
+    np.testing.assert_allclose(jax.jacrev(predict)(0.1), difference, rtol=1e-7)
 
 
 def test_edm_grid_is_the_papers():

@@ -67,23 +67,46 @@ def differentiable(name, line):
         schedule, times = EDM, schedules.edm_times(4).astype(float)
     theta = {"means": line.means, "x": schedule.sigma(times[0]) * jnp.array([[-0.9], [1.4]]), "times": times}
 
-    def loss(theta):
-        law = line._replace(means=theta["means"])
-        x = integrate(key(0), STEPPERS[name](schedule), law.predictor(schedule), theta["x"], theta["times"])
-        return jnp.sum(jnp.sin(2 * x))
+    return lambda theta: path_loss(name, line, schedule, theta), theta
 
-    return loss, theta
+
+def path_loss(name, line, schedule, theta):
+    """Of the end of a path, from the means of the law, the start and the grid in `theta`."""
+    law = line._replace(means=theta["means"])
+    x = integrate(key(0), STEPPERS[name](schedule), law.predictor(schedule), theta["x"], theta["times"])
+    return jnp.sum(jnp.sin(2 * x))
 
 
 @each_stepper
 def test_gradients_agree_with_finite_differences_and_eager_with_jit(x64, line, name):
     """With respect to the model, the start and the inner times at once; finite for the ends of the grid too."""
-    loss, theta = differentiable(name, line)
+    check_gradient(*differentiable(name, line))
+
+
+@pytest.mark.parametrize("name", [name for name in STEPPERS if name != "edm_stochastic"])  # its times are noise levels
+def test_gradients_in_the_schedules_own_parameters_agree_with_finite_differences(x64, line, name):
+    """Under the schedule whose `sigma` has an infinite derivative in time where the grid ends."""
+
+    def loss(theta):
+        schedule = schedules.vp_linear(theta["beta_min"], theta["beta_max"])
+        return path_loss(name, line, schedule, theta)
+
+    times = schedules.uniform_times(5, 1, 0).astype(float)
+    theta = {"means": line.means, "x": jnp.array([[-0.9], [1.4]]), "times": times, "beta_min": 0.1, "beta_max": 20.0}
+    check_gradient(loss, theta | {name: jnp.asarray(theta[name]) for name in ("beta_min", "beta_max")})
+
+
+def check_gradient(loss, theta):
+    """The gradient is finite, and along one direction in all of `theta` it is the finite difference; eager is jit."""
+    inner = 0.3 * jnp.sin(jnp.arange(theta["times"].size)).at[jnp.array([0, -1])].set(0.0)
     direction = {
         "means": jnp.array([0.7, -0.4]),
         "x": theta["times"][0] * jnp.array([[1.0], [-0.5]]),
-        "times": theta["times"] * jnp.array([0.0, 0.3, -0.2, 0.1, 0.0]),
+        "times": theta["times"] * inner,
+        "beta_min": 0.2,
+        "beta_max": -3.0,
     }
+    direction = {part: direction[part] for part in theta}
     compiled = jax.jit(loss)
     up, down = (compiled(jax.tree.map(lambda a, b: a + size * b, theta, direction)) for size in (1e-5, -1e-5))
     with jax.disable_jit():
