@@ -7,13 +7,13 @@ the same machine; torch gets its best number of threads. The figures are medians
 """
 
 import argparse
-import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable
 
 import numpy as np
+from _sides import measure
 
 STEPS, SIGMA_DATA, WIDTH, DEPTH, HEADS, CLASSES = 20, 0.5, 96, 4, 4, 10
 SHAPE = (8, 8, 1)
@@ -140,41 +140,16 @@ def start(batch: int) -> np.ndarray:
     return 80.0 * np.random.default_rng(1).normal(size=(batch, *SHAPE)).astype(np.float32)
 
 
-def worker(pipe, make: Callable, *arguments) -> None:
-    """Runs and times what the other end of the pipe asks for."""
-    functions = make(*arguments)
-    for name in iter(pipe.recv, None):
-        began = time.perf_counter()
-        result = functions[name]()
-        pipe.send((time.perf_counter() - began, result))
-
-
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="repetitions of each measurement")
     parser.add_argument("--batch", type=int, default=64, help="images per call")
     options = parser.parse_args()
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    spawn = multiprocessing.get_context("spawn")
     sides = {"esscher": (ours, options.batch)}
     sides |= {f"diffusers, {n} threads": (theirs, options.batch, n) for n in sorted({1, os.cpu_count() or 1})}
-    pipes = {}
-    for side, (make, *arguments) in sides.items():
-        pipes[side], end = spawn.Pipe()
-        spawn.Process(target=worker, args=(end, make, *arguments), daemon=True).start()
     jobs = [(side, "sample") for side in sides] + [("esscher", "network")]
-    times: dict[tuple[str, str], list[float]] = {job: [] for job in jobs}
-    results = {}
-    for round_number in range(options.rounds + 2):
-        for side, name in jobs:
-            time.sleep(0.25)  # until the other side's threads have stopped spinning
-            pipes[side].send(name)
-            seconds, results[side, name] = pipes[side].recv()
-            if round_number >= 2:
-                times[side, name].append(seconds)
-    for pipe in pipes.values():
-        pipe.send(None)
+    times, results = measure(sides, jobs, options.rounds)
     medians = {job: statistics.median(values) for job, values in times.items()}
     rate = {side: options.batch / medians[side, "sample"] for side in sides}
     for side, value in rate.items():

@@ -5,6 +5,7 @@ is a function of `(seed, step)`: a resumed run replays nothing and sees bitwise 
 """
 
 import contextlib
+import dataclasses
 import difflib
 import functools
 import hashlib
@@ -18,14 +19,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
-import jax
 import numpy as np
 
 from esscher.core.errors import UsageError
 
-__all__ = ["Images", "arrays", "batches", "load", "normalise", "prefetch"]
+__all__ = ["Images", "Source", "Table", "arrays", "batches", "load", "normalise", "prefetch"]
 
 _DIGITS_VERSION = "1.0.0"
 _DIGITS_TEST_SIZE = 297  # of 1,797
@@ -68,6 +68,11 @@ class Images:
             self._decoded[missing] = True
         return self._images[rows], self._labels[rows]
 
+    def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """The rows as a batch: `{"image": float32[n,H,W,C] in [-1, 1], "label": int32[n]}`."""
+        images, labels = self.rows(rows)
+        return {"image": normalise(images), "label": labels}
+
     def _decode(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         examples = self._source.__getitems__([int(row) for row in rows])
         return np.stack([x["image"] for x in examples]), np.array([x["label"] for x in examples], np.int32)
@@ -84,47 +89,59 @@ def arrays(source: Images) -> tuple[np.ndarray, np.ndarray]:
     return normalise(images), labels
 
 
+class Source(Protocol):
+    """Rows with random access."""
+
+    def __len__(self) -> int:
+        """The number of rows."""
+
+    def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """The given rows, `int[n]`, as arrays with `n` rows each."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows of arrays that fit into memory."""
+
+    columns: dict[str, np.ndarray]  # of one length
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(next(iter(self.columns.values())))
+
+    def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """The given rows, `int[n]`."""
+        return {name: column[rows] for name, column in self.columns.items()}
+
+
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
-def batches(
-    source: Images,
-    *,
-    batch_size: int,
-    seed: int,
-    shuffle: bool = True,
-    process_index: int | None = None,
-    process_count: int | None = None,
-) -> Any:
+def batches(source: Source, *, batch_size: int, seed: int, shuffle: bool = True) -> Any:
     """An endless Grain dataset of batches: `batches[step]` is the batch of that step, on any machine.
 
     The rows of all epochs stand in one line, each epoch permuted anew; step `k` takes rows `k B .. (k + 1) B` of the
-    line and process `p` of `P` the `p`-th of `P` equal pieces of those, so that the pieces in the order of the
-    processes are the same global batch whatever `P` is.
+    line.
 
     Args:
-      source: the split.
-      batch_size: `B`, over all processes.
+      source: the rows.
+      batch_size: `B`, over all devices.
       seed: non-negative; with the epoch it fixes the permutation.
       shuffle: whether to permute; without it every epoch is in stored order.
-      process_index: `p`; JAX's process index by default.
-      process_count: `P`, must divide `B`; JAX's process count by default.
 
     Returns:
-      A `grain.MapDataset` of `{"image": float32[B/P,H,W,C] in [-1, 1], "label": int32[B/P]}`.
+      A `grain.MapDataset` of what `source.read` gives for `B` rows.
 
     Raises:
-      ValueError: an empty split, or a batch size that is not a positive multiple of the process count.
+      ValueError: an empty source, or a batch size below 1.
     """
     import grain
 
-    process_index = jax.process_index() if process_index is None else process_index
-    process_count = jax.process_count() if process_count is None else process_count
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(f"batch_size must be a positive multiple of the {process_count} processes, got {batch_size}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if not len(source):
-        raise ValueError("source must have at least one row, got an empty split")
-    n, local = len(source), batch_size // process_count
+        raise ValueError("source must have at least one row, got an empty one")
+    n = len(source)
 
     # Grain's own shuffle walks a cipher, row by row: 24 us a row, 3 ms for a batch of 128. A permutation kept per epoch
     # costs 30 us a batch, and random access stays.
@@ -133,11 +150,9 @@ def batches(
         return np.random.default_rng([seed, epoch]).permutation(n) if shuffle else np.arange(n)
 
     def read(step):
-        first = step * batch_size + process_index * local
-        epochs, offsets = np.divmod(np.arange(first, first + local), n)
+        epochs, offsets = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), n)
         rows = np.concatenate([order(int(epoch))[offsets[epochs == epoch]] for epoch in np.unique(epochs)])
-        images, labels = source.rows(rows)
-        return {"image": normalise(images), "label": labels}
+        return source.read(rows)
 
     return grain.MapDataset.range(sys.maxsize).map(read)
 

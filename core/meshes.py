@@ -10,7 +10,18 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from esscher.core.errors import UsageError
 
-__all__ = ["AXES", "RULES", "like_parameters", "make", "parameter_specs", "parse", "place", "shardings", "topology"]
+__all__ = [
+    "AXES",
+    "RULES",
+    "gather",
+    "like_parameters",
+    "make",
+    "parameter_specs",
+    "parse",
+    "place",
+    "shardings",
+    "topology",
+]
 
 AXES = ("sweep", "data", "fsdp", "tensor")
 """Mesh axes: members of a sweep; examples; parameters split for memory; parameters split for compute."""
@@ -154,11 +165,22 @@ def shardings(mesh: Mesh, specs: Any, *, swept: bool = False) -> Any:
 
 
 def place(batch: Any, mesh: Mesh) -> Any:
-    """Puts this process's rows of a batch onto its devices: one global array per leaf, split along the batch axis."""
+    """Puts a batch onto the mesh, one global array per leaf, split along the batch axis.
+
+    Every process gives the whole batch and keeps the rows that its devices need: which ones depends on the mesh, since
+    devices along `tensor` and `sweep` see the same rows.
+    """
     sharding = NamedSharding(mesh, BATCH)
+    return jax.tree.map(lambda rows: jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__), batch)
+
+
+def gather(tree: Any) -> Any:
+    """The arrays as NumPy's, whole, on every process; those that were split are collected from all hosts."""
     if jax.process_count() == 1:
-        return jax.device_put(batch, sharding)
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def _is_spec(node: Any) -> bool:

@@ -24,6 +24,7 @@ __all__ = [
     "log_metrics",
     "open_run",
     "picture",
+    "plain",
     "print_results",
     "progress",
     "read_metrics",
@@ -75,10 +76,7 @@ def open_run(
     """
     if not re.fullmatch(r"\w[\w.,=+-]*", name):
         raise UsageError(f"the run's name {name!r} must be made of letters, digits and . , = + - _")
-    folder = pathlib.Path(root, experiment, name)
-    mine = json.loads(
-        json.dumps(dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config, default=str)
-    )
+    folder, mine = pathlib.Path(root, experiment, name), plain(config)
     path = folder / "config.json"
     try:
         if path.exists():
@@ -91,6 +89,13 @@ def open_run(
     except json.JSONDecodeError as error:
         raise UsageError(f"{path} is damaged ({error}); mend it, or choose another name for the run") from error
     return folder
+
+
+def plain(config: Any) -> Any:
+    """A dataclass instance or mapping as JSON would give it back; what JSON cannot hold becomes text."""
+    return json.loads(
+        json.dumps(dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config, default=str)
+    )
 
 
 def _refuse_other(

@@ -20,18 +20,18 @@ class TrainState(NamedTuple):
 
     step: Array  # [] steps taken, the skipped ones included
     params: Any
-    ema: Any  # moving average of the parameters
+    ema: Any  # moving average of the parameters; None if there is none
     opt_state: Any
     skipped: Array  # [] steps whose loss or gradient was not finite
     last_skipped: Array  # [] number of the last such step, -1 if none
 
 
-def init(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; the moving average starts at a copy of the parameters."""
+def init(params: Any, optimizer: optax.GradientTransformation, *, average: bool = True) -> TrainState:
+    """The state before the first step; the moving average, if wanted, starts at a copy of the parameters."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        ema=jax.tree.map(jnp.copy, params),
+        ema=jax.tree.map(jnp.copy, params) if average else None,
         opt_state=optimizer.init(params),
         skipped=jnp.zeros((), jnp.int32),
         last_skipped=jnp.full((), -1, jnp.int32),
@@ -39,31 +39,37 @@ def init(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
 
 
 def make_step(
-    loss: Callable[[Any, Array, Any, dict[str, Array]], tuple[Array, dict[str, Array]]],
+    loss: Callable[..., tuple[Array, dict[str, Array]]],
     optimizer: Callable[[dict[str, Array]], optax.GradientTransformation],
-) -> Callable[[TrainState, Array, Any, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
-    r"""Builds the pure `step(state, key, batch, hyper) -> (state, metrics)`.
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    r"""Builds the pure `step(state, key, batch, hyper, *constants) -> (state, metrics)`.
 
-    The parameters follow the optimiser; their moving average follows them with the decay `min(d, (1 + n) / (10 + n))`
-    after `n` steps, where `d = hyper["ema_decay"]`. A step whose loss or gradient norm is not finite changes nothing
-    but the counters.
+    The parameters follow the optimiser; their moving average, if the state has one, follows them with the decay
+    `min(d, (1 + n) / (10 + n))` after `n` steps, where `d = hyper["ema_decay"]`. A step whose loss or gradient norm is
+    not finite changes nothing but the counters.
 
     Args:
-      loss: `(params, key, batch, hyper) -> (scalar, metrics)`; the key is the run's, folded with the step's number.
+      loss: `(params, key, batch, hyper, *constants) -> (scalar, metrics)`; the key is the run's, folded with the step's
+        number. Constants are whatever else it reads, such as the weights under an adapter.
       optimizer: `hyper -> GradientTransformation`; built while tracing, so that hyperparameters may be tracers.
 
     Returns:
       The step. Its metrics are the loss's own, `loss` and `grad_norm`, all scalars.
     """
 
-    def step(state: TrainState, key: Array, batch: Any, hyper: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
+    def step(
+        state: TrainState, key: Array, batch: Any, hyper: dict[str, Array], *constants: Any
+    ) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(key, state.step)
-        (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, key, batch, hyper)
+        differentiate = jax.value_and_grad(loss, has_aux=True)
+        (value, metrics), gradient = differentiate(state.params, key, batch, hyper, *constants)
         grad_norm = optax.tree.norm(gradient)
         updates, opt_state = optimizer(hyper).update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        decay = jnp.minimum(hyper["ema_decay"], (1 + state.step) / (10 + state.step))
-        ema = optax.incremental_update(params, state.ema, 1 - decay)
+        ema = None
+        if state.ema is not None:
+            decay = jnp.minimum(hyper["ema_decay"], (1 + state.step) / (10 + state.step))
+            ema = optax.incremental_update(params, state.ema, 1 - decay)
         good = jnp.isfinite(value) & jnp.isfinite(grad_norm)
         kept = jax.tree.map(
             lambda new, old: jnp.where(good, new, old),

@@ -37,7 +37,7 @@ def test_the_training_step_compiles_for_a_slice_and_splits_the_batch(devices, ca
         meshes.make(**sizes, devices=devices),
     )
     sweep = sweeps.grid(hyper, divisor=mesh.shape["sweep"])
-    program = digits.build(config, (8, 8, 1), 10, mesh, sweep)
+    program, _ = digits.build(config, (8, 8, 1), 10, mesh, sweep)
     batch = {
         "image": abstract(mesh, meshes.BATCH, (128, 8, 8, 1)),
         "label": abstract(mesh, meshes.BATCH, (128,), jnp.int32),
@@ -55,10 +55,10 @@ def test_the_training_step_compiles_for_a_slice_and_splits_the_batch(devices, ca
 
 def test_the_sampler_compiles_for_a_slice(devices):
     mesh = meshes.make(data=8, devices=devices)
-    program = digits.build(digits.Config(), (8, 8, 1), 10, mesh, sweeps.grid(digits.Hyper()))
+    program, network = digits.build(digits.Config(), (8, 8, 1), 10, mesh, sweeps.grid(digits.Hyper()))
 
     def denoise(params, x, sigma, label):
-        return program.denoise(params, x, sigma, label, 0.75)
+        return network(params, x, sigma, label, 0.75)
 
     sample = sampling.sampler(denoise, (8, 8, 1), 10, sampling.SOLVERS["DPM-Solver++(2M)"][0](sampling.EDM))
     whole = NamedSharding(mesh, PartitionSpec())

@@ -1,0 +1,141 @@
+"""Tasks for language models: arithmetic problems made here, or prompts and completions from a file."""
+
+import itertools
+import json
+import operator
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from esscher.core import sequences
+from esscher.core.errors import UsageError
+from esscher.core.sequences import Example, Tokens
+
+__all__ = ["OPERATIONS", "Task", "arithmetic", "encode", "from_file", "open_tokenizer", "tokenizer_of"]
+
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
+PAD, END = 0, 1
+LARGEST = 100_000  # problems that are made at most
+
+
+class Task(NamedTuple):
+    """Examples to learn from, and examples to be judged by."""
+
+    train: list[Example]
+    test: list[Example]
+
+
+def arithmetic(digits: int, operations: str, base: int, held_out: int, seed: int) -> Task:
+    """Problems like `37+58=` with their answers, no problem in both parts.
+
+    Args:
+      digits: of the operands, at most.
+      operations: characters out of `+-*`.
+      base: of the numbers, 2 to 36.
+      held_out: number of test problems.
+      seed: which ones.
+
+    Raises:
+      UsageError: values out of range, or fewer problems than are to be held out.
+    """
+    if not operations or set(operations) - OPERATIONS.keys():
+        raise UsageError(f"--operations must be made of {' '.join(OPERATIONS)}, got {operations!r}")
+    if not 2 <= base <= len(DIGITS):
+        raise UsageError(f"--base must be 2 to {len(DIGITS)}, got {base}")
+    if not 1 <= digits <= 9:
+        raise UsageError(f"--digits must be 1 to 9, got {digits}")
+    numbers = base**digits
+    total = len(operations) * numbers**2
+    if total <= held_out:
+        raise UsageError(f"--problems {held_out} leaves none of {total} problems to learn from")
+    chosen = np.random.default_rng(seed).choice(total, size=min(total, LARGEST), replace=False)
+    problems = []
+    for index in chosen.tolist():
+        sign, (a, b) = operations[index % len(operations)], divmod(index // len(operations), numbers)
+        text = [_write(number, base) for number in (a, b, OPERATIONS[sign](a, b))]
+        problems.append(Example(f"{text[0]}{sign}{text[1]}=", text[2]))
+    return Task(problems[held_out:], problems[:held_out])
+
+
+def _write(number: int, base: int) -> str:
+    digits = []
+    rest = abs(number)
+    while rest or not digits:
+        rest, digit = divmod(rest, base)
+        digits.append(DIGITS[digit])
+    return "-" * (number < 0) + "".join(reversed(digits))
+
+
+def from_file(path: pathlib.Path, held_out: int, seed: int) -> Task:
+    """Prompts and completions of a `jsonl` file, some of them held out at random.
+
+    Raises:
+      UsageError: the file cannot be read, a line is malformed, or there are too few lines.
+    """
+    examples = [Example(*fields) for fields in sequences.read_jsonl(path)]
+    if len(examples) <= held_out:
+        raise UsageError(f"--problems {held_out} leaves none of the {len(examples)} lines of {path} to learn from")
+    order = np.random.default_rng(seed).permutation(len(examples)).tolist()
+    return Task([examples[i] for i in order[held_out:]], [examples[i] for i in order[:held_out]])
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def tokenizer_of(operations: str, base: int) -> Any:
+    """A tokenizer of single characters for arithmetic; 0 is padding and 1 ends a completion."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    characters = [*DIGITS[:base], *dict.fromkeys(f"{operations}-"), "="]
+    vocabulary = {name: index for index, name in enumerate(["<pad>", "<end>", *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(["<pad>", "<end>"])
+    return tokenizer
+
+
+def open_tokenizer(folder: pathlib.Path) -> tuple[Any, tuple[int, ...]]:
+    """The tokenizer of a model's folder, and the tokens that end a completion.
+
+    Raises:
+      UsageError: `tokenizer.json` is missing or damaged, or no configuration names an end token.
+    """
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise UsageError(f"{folder} has no tokenizer.json; save the model's fast tokenizer there")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare ones
+        raise UsageError(f"{path} is damaged: {error}") from error
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).exists():
+            end = json.loads((folder / name).read_text()).get("eos_token_id")
+            if end is not None:
+                return tokenizer, tuple(end) if isinstance(end, list) else (end,)
+    raise UsageError(f"neither generation_config.json nor config.json in {folder} has an eos_token_id")
+
+
+def encode(tokenizer: Any, end: int, examples: Sequence[Example]) -> list[Tokens]:
+    """Token ids of prompts, with what the tokenizer begins a text with, and of completions with `end` after them.
+
+    Raises:
+      UsageError: a prompt or completion without any token.
+    """
+    prompts = tokenizer.encode_batch([example.prompt for example in examples])
+    completions = tokenizer.encode_batch([example.completion for example in examples], add_special_tokens=False)
+    encoded = [Tokens(p.ids, [*c.ids, end]) for p, c in zip(prompts, completions, strict=True)]
+    for example, (prompt, _) in zip(examples, encoded, strict=True):
+        if not prompt:
+            raise UsageError(f"the tokenizer makes no token of the prompt {example.prompt[:40]!r}")
+    return encoded
+
+
+def decode(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
+    """Texts of completions `[N, T]`, without special tokens."""
+    return tokenizer.decode_batch([list(itertools.compress(row, kept)) for row, kept in zip(tokens, mask, strict=True)])

@@ -1,0 +1,115 @@
+"""The language model that a script trains: a new one, all of a pretrained one, or an adapter on it."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from esscher.core import tokens
+from esscher.models import adapters, decoder, hf
+from esscher.models.functional import Params
+from esscher.models.language_model import language_model
+from esscher.samplers import decoding
+
+__all__ = ["Policy", "adapted", "completion_logps", "full", "generator", "new", "save"]
+
+
+class Policy(NamedTuple):
+    """How trainable parameters make a decoder; the fields are those that `runs.compile_program` asks for."""
+
+    config: decoder.Config
+    initialize: Callable[..., Any]  # (key, *pretrained) -> trainable
+    axes: Any  # logical names of the trainable parameters' axes
+    network: Callable[..., tuple[Params, Callable[[Any], Params]]]  # (trainable, *constants) -> params, layer_weights
+    merged: Callable[..., Params]  # (trainable, *constants) -> params
+    constants: tuple[Any, ...] = ()
+    pretrained: tuple[Any, ...] = ()
+
+
+def new(config: decoder.Config) -> Policy:
+    """A decoder that begins at random."""
+    return _whole(config, lambda key: decoder.init(key, config), ())
+
+
+def full(config: decoder.Config, params: Params) -> Policy:
+    """All parameters of a pretrained decoder."""
+    return _whole(config, lambda key, params: params, (params,))
+
+
+def _whole(config: decoder.Config, initialize: Callable[..., Params], pretrained: tuple[Params, ...]) -> Policy:
+    def network(params: Params) -> tuple[Params, Callable[[Any], Params]]:
+        return params, lambda weights: weights
+
+    return Policy(config, initialize, decoder.axes(config), network, lambda params: params, (), pretrained)
+
+
+def adapted(config: decoder.Config, params: Params, rank: int, alpha: float, *, dora: bool = False) -> Policy:
+    """A low-rank adapter on a pretrained decoder, which stays as it is."""
+
+    def initialize(key: Array, *base: Params) -> Params:
+        return adapters.init(key, base[0] if base else decoder.shapes(config), rank=rank, dora=dora)
+
+    def network(adapter: Params, params: Params) -> tuple[Params, Callable[[Any], Params]]:
+        layered = {**params, "layers": (params["layers"], adapter["layers"])}
+        return layered, lambda weights: adapters.merge(*weights, alpha=alpha)
+
+    def merged(adapter: Params, params: Params) -> Params:
+        return adapters.merge(params, adapter, alpha=alpha)
+
+    start = (params,) if dora else ()  # magnitudes begin as the norms of the weights
+    axes = adapters.axes(decoder.axes(config), jax.eval_shape(initialize, jax.random.key(0), *start))
+    return Policy(config, initialize, axes, network, merged, (params,), start)
+
+
+def completion_logps(
+    policy: Policy, trainable: Any, batch: dict[str, Array], *constants: Any, dtype: Any = None, remat: bool = False
+) -> tuple[Array, Array]:
+    """Log-probability of each token from those before it, and which of them belong to a completion.
+
+    Args:
+      policy: whose.
+      trainable: its parameters.
+      batch: of `sequences.pack`, `[B, T]` each.
+      *constants: the policy's.
+      dtype: of the arithmetic; that of the parameters if absent.
+      remat: as in `decoder.hidden`.
+
+    Returns:
+      `[B, T]` twice; place `t` is about the token at `t + 1`, so the last place of a row never counts.
+    """
+    params, layer_weights = policy.network(trainable, *constants)
+    if dtype is not None:
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    segments = batch["segments"]
+    states = decoder.hidden(
+        params, policy.config, batch["tokens"], segments=segments, remat=remat, layer_weights=layer_weights
+    )
+    following = lambda x: jnp.roll(x, -1, axis=1)  # noqa: E731
+    mask = following(batch["completion"]).at[:, -1].set(False)
+    unembedding, cap = decoder.unembedding(params), policy.config.final_softcap
+    logp = tokens.linear_token_logps(states, unembedding, following(batch["tokens"]), softcap=cap)
+    return logp, mask
+
+
+def generator(policy: Policy, length: int, stop: tuple[int, ...]) -> Callable[..., decoding.Generation]:
+    """`(key, trainable, prompt, mask, *constants, **options of generate) -> Generation` of up to `length` tokens."""
+
+    def generate(
+        key: Array, trainable: Any, prompt: Array, mask: Array, *constants: Any, **options: Any
+    ) -> decoding.Generation:
+        params = policy.merged(trainable, *constants)
+        model = language_model(params, policy.config, prompt.shape[1] + length)
+        return decoding.generate(key, model, prompt, mask, length, stop=stop, **options)
+
+    return generate
+
+
+def save(folder: pathlib.Path, policy: Policy, trainable: Any, tokenizer: Any, stop: tuple[int, ...]) -> None:
+    """Writes the model, adapters merged, and its tokenizer as a folder that `hf.load` and transformers read."""
+    params = jax.jit(policy.merged)(trainable, *policy.constants)
+    hf.save(folder, policy.config, params, extra={"eos_token_id": list(stop), "pad_token_id": 0})
+    if jax.process_index() == 0:
+        tokenizer.save(str(folder / "tokenizer.json"))

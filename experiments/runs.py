@@ -1,0 +1,304 @@
+"""What every training script does: set up devices, compile a step on them, resume, train, save, stop when asked."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from esscher.core import checkpoints, data, figures, meshes, reporting, sweeps, training
+from esscher.core.errors import UsageError
+
+__all__ = [
+    "MAY_CHANGE",
+    "REPORT_EVERY",
+    "Program",
+    "Settings",
+    "Trained",
+    "adamw",
+    "averaged",
+    "compile_program",
+    "curves",
+    "start",
+    "train",
+]
+
+REPORT_EVERY = 20
+
+MAY_CHANGE = ("mesh", "distributed", "runs")
+"""Settings that may differ when a run is continued."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What every training script can be told."""
+
+    name: str = "default"
+    """Name of the run; its folder is runs/EXPERIMENT/NAME."""
+    steps: int = 2000
+    """Training steps."""
+    batch_size: int = 128
+    """Examples per step, over all devices."""
+    save_every: int = 400
+    """Steps between checkpoints, a multiple of 20."""
+    seed: int = 0
+    """Seed of parameters, noise and data order."""
+    mesh: str = ""
+    """Devices by axis (sweep, data, fsdp, tensor), e.g. data=8 or sweep=4,data=2; all as data by default."""
+    distributed: bool = False
+    """Join the other hosts of a pod first; every host runs the same command."""
+    runs: pathlib.Path = pathlib.Path("runs")
+    """Folder of all runs."""
+
+
+def start(settings: Any, *, positive: Sequence[str] = ()) -> Mesh:
+    """Checks the settings, joins the other hosts if asked to, and makes the mesh.
+
+    Elsewhere than on Cloud TPU, GKE and Slurm, which JAX knows, hosts find each other by the environment variables
+    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`.
+
+    Args:
+      settings: with the fields of `Settings`.
+      positive: further fields that must be at least 1 unless absent.
+
+    Raises:
+      UsageError: a setting out of range, a mesh that does not fit the devices, or hosts that are not found.
+    """
+    for name in ("steps", "batch_size", "save_every", *positive):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if settings.seed < 0:
+        raise UsageError(f"--seed must be at least 0, got {settings.seed}")
+    if settings.save_every % REPORT_EVERY:
+        raise UsageError(f"--save-every must be a multiple of {REPORT_EVERY}, got {settings.save_every}")
+    if settings.distributed:
+        _join_hosts()
+    mesh = meshes.make(**meshes.parse(settings.mesh))
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if settings.batch_size % shards:
+        raise UsageError(f"--batch-size {settings.batch_size} does not split over {shards} devices: take a multiple")
+    return mesh
+
+
+def _join_hosts() -> None:
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    address, count, index = (os.environ.get(name) for name in names)
+    try:
+        jax.distributed.initialize(address, count and int(count), index and int(index))
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--distributed: {reason} Set {', '.join(names)} on every host, or drop the flag") from error
+
+
+# --- the program ------------------------------------------------------------------------------------------------------
+
+
+class Program(NamedTuple):
+    """The functions of a run, compiled on first use, and the layout of its state.
+
+    `constants` are arrays that training reads and does not change, such as the weights under an adapter; `pretrained`
+    are those that it starts from, and may be donated.
+    """
+
+    init: Callable[..., training.TrainState]  # (key, hyper, *pretrained) -> state
+    step: Callable[..., tuple[training.TrainState, dict[str, Array]]]  # (state, key, batch, hyper, *constants)
+    validate: Callable[..., dict[str, Array]]  # (params, key, batch, hyper, *constants) -> metrics
+    state: training.TrainState  # shapes, types and shardings
+
+
+def compile_program(
+    initialize: Callable[[Array], Any],
+    axes: Any,
+    loss: Callable[..., tuple[Array, dict[str, Array]]],
+    validate: Callable[..., dict[str, Array]],
+    optimizer: Callable[[dict[str, Array]], optax.GradientTransformation],
+    mesh: Mesh,
+    sweep: sweeps.Sweep,
+    constants: Sequence[Any] = (),
+    pretrained: Sequence[Any] = (),
+    *,
+    average: bool = True,
+) -> Program:
+    """Functions of one run as programs on a mesh, vmapped over the members of a sweep; nothing is computed yet.
+
+    Args:
+      initialize: `(key, *pretrained) -> params`.
+      axes: logical names of the parameters' axes.
+      loss: `(params, key, batch, hyper, *constants) -> (scalar, metrics)`.
+      validate: `(params, key, batch, hyper, *constants) -> metrics`, among them `validation_loss`.
+      optimizer: `hyper -> GradientTransformation`.
+      mesh: the mesh.
+      sweep: the members.
+      constants: as they will be given, for their shardings.
+      pretrained: likewise.
+      average: whether to keep a moving average of the parameters; without it the parameters themselves are validated.
+
+    Returns:
+      The program; its step donates the state.
+    """
+
+    def init(key: Array, hyper: dict[str, Array], *pretrained: Any) -> training.TrainState:
+        return training.init(initialize(key, *pretrained), optimizer(hyper), average=average)
+
+    key, member = jax.random.key(0), {name: value.reshape(-1)[0] for name, value in sweep.values.items()}
+    shapes = jax.eval_shape(initialize, key, *pretrained)
+    specs = meshes.parameter_specs(axes, shapes, mesh)
+    specs = meshes.like_parameters(jax.eval_shape(init, key, member, *pretrained), shapes, specs)
+    shared, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, meshes.BATCH)
+    layout = meshes.shardings(mesh, specs, swept=sweep.swept)
+    # Every process reads the counters, so they are whole on every device, in a sweep too; and so are the metrics.
+    layout = layout._replace(step=shared, skipped=shared, last_skipped=shared)
+    members = meshes.shardings(mesh, PartitionSpec(), swept=sweep.swept)
+    kept = tuple(jax.tree.map(lambda leaf: leaf.sharding, constant) for constant in constants)
+    whole = (None,) * len(constants)
+    lift = functools.partial(sweeps.lift, sweep=sweep)
+    lifted_init = lift(init, in_axes=(None, 0, *(None,) * len(pretrained)))
+    return Program(
+        init=jax.jit(lifted_init, out_shardings=layout),
+        step=jax.jit(
+            lift(training.make_step(loss, optimizer), in_axes=(0, None, None, 0, *whole)),
+            in_shardings=(layout, shared, rows, members, *kept),
+            out_shardings=(layout, shared),
+            donate_argnums=0,
+        ),
+        validate=jax.jit(
+            lift(validate, in_axes=(0, None, None, 0, *whole)),
+            in_shardings=(layout.ema if average else layout.params, shared, rows, members, *kept),
+            out_shardings=shared,
+        ),
+        state=jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            jax.eval_shape(lifted_init, key, sweep.values, *pretrained),
+            layout,
+        ),
+    )
+
+
+def adamw(steps: int, hyper: dict[str, Array]) -> optax.GradientTransformation:
+    """AdamW with the hyperparameters `lr`, `weight_decay` and `clip` (of the gradient's norm).
+
+    The rate rises for 5% of the steps and falls to zero by a cosine.
+    """
+    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, steps // 20, steps)
+    adam = optax.adamw(lambda count: hyper["lr"] * shape(count), weight_decay=hyper["weight_decay"])
+    return optax.chain(optax.clip_by_global_norm(hyper["clip"]), adam)
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+def averaged(state: training.TrainState) -> Any:
+    """The moving average of the parameters, or themselves where there is none."""
+    return state.params if state.ema is None else state.ema
+
+
+class Trained(NamedTuple):
+    """A finished run."""
+
+    state: training.TrainState
+    metrics: dict[str, np.ndarray]  # of the last validation, [] or [S]
+
+
+def train(
+    settings: Any,
+    program: Program,
+    mesh: Mesh,
+    sweep: sweeps.Sweep,
+    source: Any,
+    held_out: Any,
+    folder: pathlib.Path,
+    constants: Sequence[Any] = (),
+    pretrained: Sequence[Any] = (),
+) -> Trained | None:
+    """Trains from the newest checkpoint, if there is one, and validates at every checkpoint.
+
+    Args:
+      settings: with the fields of `Settings`.
+      program: see `compile_program`.
+      mesh: the mesh.
+      sweep: the members.
+      source: `source[step]` is the batch of a step, as `data.batches` makes it.
+      held_out: the batch that validates.
+      folder: the run's.
+      constants: passed on to the program.
+      pretrained: likewise, if there is no checkpoint.
+
+    Returns:
+      The last state and validation; None if the run was stopped before its end.
+
+    Raises:
+      UsageError: the run diverged; its last good checkpoint is kept and the bad batch written to the folder.
+    """
+    init_key, step_key, validation_key = jax.random.split(jax.random.key(settings.seed), 3)
+    held_out = meshes.place(held_out, mesh)
+    with (
+        checkpoints.open(folder / "checkpoints", best="validation_loss", config=reporting.plain(settings)) as store,
+        training.stop_requested() as stop,
+    ):
+        restored = store.restore_latest(program.state)
+        taken, state = restored[:2] if restored else (0, program.init(init_key, sweep.values, *pretrained))
+        last = dict(restored.metrics) if restored else {}
+        batches = (meshes.place(batch, mesh) for batch in data.prefetch(source, taken))
+        with reporting.log_metrics(folder, taken) as log, reporting.progress(settings.steps, start=taken) as show:
+
+            def report(taken: int, metrics: dict[str, np.ndarray]) -> None:
+                log(taken, metrics)
+                show(taken, loss=metrics["loss"])
+
+            def save(taken: int, state: training.TrainState) -> None:
+                if taken % settings.save_every and taken < settings.steps:
+                    return store.save(taken, state)  # stopped on the way: what is logged must not depend on that
+                values = program.validate(averaged(state), validation_key, held_out, sweep.values, *constants)
+                last.update(jax.device_get(values | {"skipped": state.skipped}))
+                log(taken, last)
+                store.save(taken, state, last)
+
+            outcome = training.fit(
+                state,
+                lambda state, batch: program.step(state, step_key, batch, sweep.values, *constants),
+                batches,
+                steps=settings.steps,
+                every=REPORT_EVERY,
+                report=report,
+                save=save,
+                save_every=settings.save_every,
+                stop=stop,
+            )
+    _raise_if_diverged(outcome, source, folder)
+    if outcome.reason == "interrupted":
+        print(f"stopped at step {int(np.max(outcome.state.step))} and saved; the same command goes on from there")
+        return None
+    return Trained(outcome.state, {name: np.asarray(value) for name, value in last.items()})
+
+
+def _raise_if_diverged(outcome: training.Outcome, source: Any, folder: pathlib.Path) -> None:
+    if outcome.reason != "diverged":
+        return
+    bad = int(np.max(jax.device_get(outcome.state.last_skipped)))
+    if reporting.writes():
+        np.savez(folder / "bad_batch.npz", step=bad, **source[bad])
+    raise UsageError(
+        f"loss or gradient was not finite in too many steps, last in step {bad} (its batch is in "
+        f"{folder / 'bad_batch.npz'}); the last good checkpoint is kept: try a smaller --hyper.lr"
+    )
+
+
+def curves(folder: pathlib.Path, sweep: sweeps.Sweep, names: Sequence[str], caption: str) -> str:
+    """A figure with a panel for each metric and a line for each member, and the text that shows it in the report."""
+    metrics, panels = reporting.read_metrics(folder), []
+    for name in names:
+        steps, values = metrics[name]
+        columns = values.reshape(len(steps), -1).T
+        labels = sweep.labels if sweep.swept else ("this run",)
+        series = {label: (steps, column) for label, column in zip(labels, columns, strict=True)}
+        panels.append(figures.Panel(series, "training step", name.replace("_", " "), log_y="loss" in name))
+    path = figures.lines(folder / "figures" / "training.png", *panels)
+    return reporting.picture(path, folder, caption)
