@@ -34,7 +34,7 @@ def read_jsonl(path: pathlib.Path, fields: Sequence[str] = ("prompt", "completio
         number of the first and what is wrong with it.
     """
     try:
-        lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+        lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")  # splitlines cuts at U+2028 too
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     found = []
@@ -58,6 +58,10 @@ def _fields(line: str, fields: Sequence[str], where: str) -> tuple[str, ...]:
         if not isinstance(value.get(name), str) or not value[name]:
             got = "is missing" if name not in value else f"is {json.dumps(value[name])[:40]}"
             raise UsageError(f"{where}: {name!r} {got}; it must be text, not empty")
+        try:
+            value[name].encode()
+        except UnicodeEncodeError as error:  # JSON can spell half of a character, which no tokenizer takes
+            raise UsageError(f"{where}: {name!r} is no text: {error.reason} at place {error.start + 1}") from error
     return tuple(value[name] for name in fields)
 
 
@@ -108,14 +112,25 @@ def pack(examples: Sequence[Tokens], length: int, *, pad: int = 0) -> dict[str, 
 
 
 def pad_left(sequences: Sequence[Sequence[int]], length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Ragged sequences as an array, padded with 0 on the left, and its mask: `int32[N, T]`, `bool[N, T]`."""
+    """Ragged sequences as an array, padded with 0 on the left, and its mask: `int32[N, T]`, `bool[N, T]`.
+
+    Raises:
+      ValueError: a sequence is longer than `length`.
+    """
     tokens, mask = pad_right([tuple(reversed(sequence)) for sequence in sequences], length)
     return tokens[:, ::-1].copy(), mask[:, ::-1].copy()
 
 
 def pad_right(sequences: Sequence[Sequence[int]], length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Ragged sequences as an array, padded with 0 on the right, and its mask: `int32[N, T]`, `bool[N, T]`."""
-    length = max(map(len, sequences)) if length is None else length
+    """Ragged sequences as an array, padded with 0 on the right, and its mask: `int32[N, T]`, `bool[N, T]`.
+
+    Raises:
+      ValueError: a sequence is longer than `length`.
+    """
+    longest = max(map(len, sequences))
+    length = longest if length is None else length
+    if longest > length:
+        raise ValueError(f"length must be at least {longest}, that of the longest sequence, got {length}")
     tokens, mask = np.zeros((len(sequences), length), np.int32), np.zeros((len(sequences), length), bool)
     for row, sequence in enumerate(sequences):
         tokens[row, : len(sequence)], mask[row, : len(sequence)] = sequence, True

@@ -72,7 +72,7 @@ def make_step(
             ema = optax.incremental_update(params, state.ema, 1 - decay)
         good = jnp.isfinite(value) & jnp.isfinite(grad_norm)
         kept = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old),
+            lambda new, old: jnp.where(good, new.astype(old.dtype), old),
             (params, ema, opt_state),
             (state.params, state.ema, state.opt_state),
         )

@@ -23,32 +23,18 @@ from esscher.experiments import cli, language, policies, runs, solving
 from esscher.models import decoder, hf, hf_files
 from esscher.samplers import decoding
 
-__all__ = ["Config", "Hyper", "Setup", "main", "prepare"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Hyper:
-    """Float hyperparameters. Each takes one value, or several, which span a grid trained as one vmapped program."""
-
-    lr: tuple[float, ...] = (2e-3,)
-    """Peak learning rate of AdamW, reached after 5% of the steps and brought to zero by a cosine."""
-    weight_decay: tuple[float, ...] = (0.0,)
-    """Decoupled weight decay."""
-    clip: tuple[float, ...] = (1.0,)
-    """Largest gradient norm."""
-    ema_decay: tuple[float, ...] = (0.99,)
-    """Decay of the parameters' moving average, where --average keeps one."""
+__all__ = ["Config", "Setup", "main", "prepare"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(runs.Settings):
     """Settings of the arithmetic experiment."""
 
-    steps: int = 1500
+    steps: int = 1000
     """Training steps."""
-    batch_size: int = 32
+    batch_size: int = 16
     """Rows of packed sequences per step, over all devices."""
-    save_every: int = 300
+    save_every: int = 200
     """Steps between checkpoints, a multiple of 20."""
     digits: int = 2
     """Digits of the operands, at most."""
@@ -71,7 +57,7 @@ class Config(runs.Settings):
     length: int = 128
     """Tokens in a row of packed sequences."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the arithmetic, and of what is loaded from --model."""
+    """Precision of the arithmetic, and of the weights under an adapter; what is trained stays in float32."""
     remat: bool = False
     """Save memory: compute layers again for the gradient."""
     average: bool = True
@@ -80,7 +66,7 @@ class Config(runs.Settings):
     """Problems held out, which judge the model."""
     samples: int = 16
     """Samples of each of them for pass@k and maj@k."""
-    hyper: Hyper = dataclasses.field(default_factory=Hyper)
+    hyper: runs.Hyper = dataclasses.field(default_factory=runs.Hyper)
 
 
 MAY_CHANGE = (*runs.MAY_CHANGE, "samples")
@@ -93,6 +79,7 @@ class Setup(NamedTuple):
     tokenizer: Any
     stop: tuple[int, ...]
     policy: policies.Policy
+    origin: pathlib.Path | None  # folder of the pretrained model
     train: list[sequences.Tokens]
     test: list[sequences.Tokens]
 
@@ -110,19 +97,32 @@ def prepare(config: Config, mesh: Mesh) -> Setup:
         task = language.arithmetic(config.digits, config.operations, config.base, config.problems, config.seed)
     else:
         task = language.from_file(config.data, config.problems, config.seed)
+    folder = None
     if config.model is None:
         tokenizer, stop = language.tokenizer_of(config.operations, config.base), (language.END,)
         policy = policies.new(_architecture(config, tokenizer.get_vocab_size()))
     else:
         folder = hf_files.find_folder(config.model, None)
         tokenizer, stop = language.open_tokenizer(folder)
-        architecture, params = hf.load(folder, dtype=config.dtype, mesh=mesh)
+        # What is trained is kept in float32: in bfloat16 small updates, and all of the average's, would round to none.
+        architecture, params = hf.load(folder, dtype=config.dtype if config.lora else "float32", mesh=mesh)
         if config.lora:
             policy = policies.adapted(architecture, params, config.lora, config.alpha)
         else:
             policy = policies.full(architecture, params)
-    encoded = (language.encode(tokenizer, stop[0], part) for part in (task.train, task.test))
-    return Setup(task, tokenizer, stop, policy, *encoded)
+    encoded = [language.encode(tokenizer, stop[0], part) for part in task]
+    for part, coded in zip(task, encoded, strict=True):
+        for example, ids in zip(part, coded, strict=True):
+            _check_fit(config, policy, example, [*ids.prompt, *ids.completion])
+    return Setup(task, tokenizer, stop, policy, folder, *encoded)
+
+
+def _check_fit(config: Config, policy: policies.Policy, example: sequences.Example, ids: list[int]) -> None:
+    where = f"the example that begins {example.prompt[:40]!r}"
+    if len(ids) > config.length:
+        raise UsageError(f"{where} has {len(ids)} tokens, a row has {config.length}: raise --length or shorten it")
+    if max(ids) >= policy.config.vocabulary:
+        raise UsageError(f"{where} has the token {max(ids)}, the model {policy.config.vocabulary}: mind the tokenizer")
 
 
 def _architecture(config: Config, vocabulary: int) -> decoder.Config:
@@ -230,7 +230,7 @@ def _evaluate(
     trainable = runs.averaged(trained.state)
     if sweep.swept:
         trainable = jax.tree.map(lambda leaf: leaf[best], trainable)
-    policies.save(folder / "model", setup.policy, trainable, setup.tokenizer, setup.stop)
+    policies.save(folder / "model", setup.policy, trainable, setup.tokenizer, setup.stop, setup.origin)
     members = [
         [label or "this run", float(loss), float(match)]
         for label, loss, match in zip(sweep.labels, losses, exact, strict=True)

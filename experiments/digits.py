@@ -28,15 +28,9 @@ __all__ = ["Config", "Hyper", "build", "main"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Hyper:
+class Hyper(runs.Hyper):
     """Float hyperparameters. Each takes one value, or several, which span a grid trained as one vmapped program."""
 
-    lr: tuple[float, ...] = (2e-3,)
-    """Peak learning rate of AdamW, reached after 5% of the steps and brought to zero by a cosine."""
-    weight_decay: tuple[float, ...] = (0.0,)
-    """Decoupled weight decay."""
-    clip: tuple[float, ...] = (1.0,)
-    """Largest gradient norm."""
     ema_decay: tuple[float, ...] = (0.995,)
     """Decay of the parameters' moving average, which is what samples."""
     label_dropout: tuple[float, ...] = (0.1,)

@@ -1,7 +1,6 @@
 """Tasks for language models: arithmetic problems made here, or prompts and completions from a file."""
 
 import itertools
-import json
 import operator
 import pathlib
 from collections.abc import Sequence
@@ -12,8 +11,9 @@ import numpy as np
 from esscher.core import sequences
 from esscher.core.errors import UsageError
 from esscher.core.sequences import Example, Tokens
+from esscher.models import hf_files
 
-__all__ = ["OPERATIONS", "Task", "arithmetic", "encode", "from_file", "open_tokenizer", "tokenizer_of"]
+__all__ = ["OPERATIONS", "Task", "arithmetic", "decode", "encode", "from_file", "open_tokenizer", "tokenizer_of"]
 
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -47,11 +47,15 @@ def arithmetic(digits: int, operations: str, base: int, held_out: int, seed: int
         raise UsageError(f"--base must be 2 to {len(DIGITS)}, got {base}")
     if not 1 <= digits <= 9:
         raise UsageError(f"--digits must be 1 to 9, got {digits}")
+    operations = "".join(dict.fromkeys(operations))  # one given twice would make each of its problems twice
     numbers = base**digits
     total = len(operations) * numbers**2
-    if total <= held_out:
-        raise UsageError(f"--problems {held_out} leaves none of {total} problems to learn from")
-    chosen = np.random.default_rng(seed).choice(total, size=min(total, LARGEST), replace=False)
+    if total >= 2**63:
+        raise UsageError(f"--digits {digits} in --base {base}: too many problems to be numbered; take fewer digits")
+    made = min(total, LARGEST)
+    if made <= held_out:
+        raise UsageError(f"--problems {held_out} leaves none of {made} problems to learn from")
+    chosen = np.random.default_rng(seed).choice(total, size=made, replace=False)
     problems = []
     for index in chosen.tolist():
         sign, (a, b) = operations[index % len(operations)], divmod(index // len(operations), numbers)
@@ -70,16 +74,20 @@ def _write(number: int, base: int) -> str:
 
 
 def from_file(path: pathlib.Path, held_out: int, seed: int) -> Task:
-    """Prompts and completions of a `jsonl` file, some of them held out at random.
+    """Prompts and completions of a `jsonl` file; some of the prompts, with all their lines, are held out at random.
 
     Raises:
-      UsageError: the file cannot be read, a line is malformed, or there are too few lines.
+      UsageError: the file cannot be read, a line is malformed, or there are too few prompts.
     """
-    examples = [Example(*fields) for fields in sequences.read_jsonl(path)]
-    if len(examples) <= held_out:
-        raise UsageError(f"--problems {held_out} leaves none of the {len(examples)} lines of {path} to learn from")
-    order = np.random.default_rng(seed).permutation(len(examples)).tolist()
-    return Task([examples[i] for i in order[held_out:]], [examples[i] for i in order[:held_out]])
+    by_prompt: dict[str, list[Example]] = {}
+    for fields in sequences.read_jsonl(path):
+        by_prompt.setdefault(fields[0], []).append(Example(*fields))
+    if len(by_prompt) <= held_out:
+        raise UsageError(f"--problems {held_out} leaves none of the {len(by_prompt)} prompts of {path} to learn from")
+    groups = list(by_prompt.values())
+    order = np.random.default_rng(seed).permutation(len(groups)).tolist()
+    train = [example for i in order[held_out:] for example in groups[i]]
+    return Task(train, [groups[i][0] for i in order[:held_out]])
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
@@ -113,10 +121,15 @@ def open_tokenizer(folder: pathlib.Path) -> tuple[Any, tuple[int, ...]]:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare ones
         raise UsageError(f"{path} is damaged: {error}") from error
+    tokenizer.no_padding()  # either may be stored in the file, and would change what is learned
+    tokenizer.no_truncation()
     for name in ("generation_config.json", "config.json"):
         if (folder / name).exists():
-            end = json.loads((folder / name).read_text()).get("eos_token_id")
-            if end is not None:
+            try:
+                end = hf_files.read_json(folder / name).get("eos_token_id")
+            except UsageError as error:
+                raise UsageError(f"{folder / name} {error}") from error
+            if end not in (None, []):
                 return tokenizer, tuple(end) if isinstance(end, list) else (end,)
     raise UsageError(f"neither generation_config.json nor config.json in {folder} has an eos_token_id")
 

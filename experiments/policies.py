@@ -1,6 +1,8 @@
 """The language model that a script trains: a new one, all of a pretrained one, or an adapter on it."""
 
+import json
 import pathlib
+import shutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from esscher.core import tokens
+from esscher.core import reporting, tokens
 from esscher.models import adapters, decoder, hf
 from esscher.models.functional import Params
 from esscher.models.language_model import language_model
@@ -107,9 +109,31 @@ def generator(policy: Policy, length: int, stop: tuple[int, ...]) -> Callable[..
     return generate
 
 
-def save(folder: pathlib.Path, policy: Policy, trainable: Any, tokenizer: Any, stop: tuple[int, ...]) -> None:
-    """Writes the model, adapters merged, and its tokenizer as a folder that `hf.load` and transformers read."""
+def save(
+    folder: pathlib.Path,
+    policy: Policy,
+    trainable: Any,
+    tokenizer: Any,
+    stop: tuple[int, ...],
+    origin: pathlib.Path | None = None,
+) -> None:
+    """Writes the model, adapters merged, and its tokenizer as a folder that `hf.load` and transformers read.
+
+    What the folder of `origin` says beside the architecture, such as special tokens and the longest context, is kept.
+    """
+    extra: dict[str, Any] = {"eos_token_id": list(stop)}
+    if origin is not None:
+        known = json.loads((origin / "config.json").read_text())
+        extra |= {name: known[name] for name in _KEPT if name in known}
     params = jax.jit(policy.merged)(trainable, *policy.constants)
-    hf.save(folder, policy.config, params, extra={"eos_token_id": list(stop), "pad_token_id": 0})
-    if jax.process_index() == 0:
-        tokenizer.save(str(folder / "tokenizer.json"))
+    hf.save(folder, policy.config, params, extra=extra)
+    if not reporting.writes():
+        return
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for name in _COPIED:
+        if origin is not None and (origin / name).exists():
+            shutil.copyfile(origin / name, folder / name)
+
+
+_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+_COPIED = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")

@@ -19,6 +19,7 @@ from esscher.core.errors import UsageError
 __all__ = [
     "MAY_CHANGE",
     "REPORT_EVERY",
+    "Hyper",
     "Program",
     "Settings",
     "Trained",
@@ -56,6 +57,20 @@ class Settings:
     """Join the other hosts of a pod first; every host runs the same command."""
     runs: pathlib.Path = pathlib.Path("runs")
     """Folder of all runs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Hyper:
+    """Float hyperparameters. Each takes one value, or several, which span a grid trained as one vmapped program."""
+
+    lr: tuple[float, ...] = (2e-3,)
+    """Peak learning rate of AdamW, reached after 5% of the steps and brought to zero by a cosine."""
+    weight_decay: tuple[float, ...] = (0.0,)
+    """Decoupled weight decay."""
+    clip: tuple[float, ...] = (1.0,)
+    """Largest gradient norm."""
+    ema_decay: tuple[float, ...] = (0.99,)
+    """Decay of the parameters' moving average, if one is kept."""
 
 
 def start(settings: Any, *, positive: Sequence[str] = ()) -> Mesh:

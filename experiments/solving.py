@@ -91,7 +91,8 @@ def attempts(solved: Solved) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         counts[row] = np.bincount(ids, minlength=n)
         if right.any():
             winner[row] = ids[right][0]
-    majority = [float(np.mean(voting.maj_at_k(jnp.asarray(counts), jnp.asarray(winner), int(k)))) for k in budgets]
+    vote = jax.jit(voting.maj_at_k, static_argnums=2)  # op by op it takes seconds
+    majority = [float(np.mean(vote(jnp.asarray(counts), jnp.asarray(winner), int(k)))) for k in budgets]
     return budgets, np.array(passed), np.array(majority)
 
 

@@ -57,20 +57,21 @@ def dot_product_attention(
         )
     if mask is None:
         mask = jnp.tri(query.shape[1], key.shape[1], dtype=bool)[None]
-    key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
-    return cached_attention(query, key, value, mask=mask, scale=scale, softcap=softcap)
+    keys, values = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
+    return cached_attention(query, keys, values, mask=mask, scale=scale, softcap=softcap)
 
 
 def cached_attention(
     query: Array, key: Array, value: Array, *, mask: Array, scale: float, softcap: float | None = None
 ) -> Array:
-    """The same with plain products, and with keys and values as caches hold them: heads before positions.
+    """The same with plain products, and with keys and values as caches hold them: heads first, positions of keys last.
 
-    Then both products are batched over leading axes, which on CPU is seven times faster for a single query.
+    Then both are products of matrices, row by column, for each row and head: for a single query on CPU that is some
+    twenty times faster than with the layout of the prompt.
 
     Args:
       query: `[B, T, H, D]`.
-      key: `[B, K, S, D]`.
+      key: `[B, K, D, S]`.
       value: `[B, K, S, D]`.
       mask: booleans `[B, T, S]`.
       scale: of the scores.
@@ -83,7 +84,7 @@ def cached_attention(
     groups = h // key.shape[1]
     # Queries that share a key head are rows of one matrix, so that both products are plain batched ones.
     rows = query.reshape(b, t, -1, groups, d).transpose(0, 2, 1, 3, 4).reshape(b, -1, t * groups, d)
-    scores = scale * jnp.einsum("bknd,bksd->bkns", rows, key, preferred_element_type=jnp.float32)
+    scores = scale * jnp.einsum("bknd,bkds->bkns", rows, key, preferred_element_type=jnp.float32)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     seen = jnp.repeat(mask, groups, axis=1)[:, None]

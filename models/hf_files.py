@@ -123,7 +123,7 @@ def find_folder(path_or_repo: str | pathlib.Path, revision: str | None) -> pathl
         import huggingface_hub
     except ImportError:
         raise UsageError(f"no folder {path}, and for the hub's models: pip install 'esscher[hf]'") from None
-    wanted = ["config.json", INDEX, "model*.safetensors"]
+    wanted = ["*config.json", INDEX, "model*.safetensors", "tokenizer.json"]
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as error:  # of its own, of the network, of the file system

@@ -22,8 +22,8 @@ __all__ = ["Cache", "language_model"]
 class Cache(NamedTuple):
     """What has been read: keys and values in slots `0..S`, of which rows may use different ones."""
 
-    keys: tuple[Array, ...]  # per layer, [B, K, S, D], positions applied
-    values: tuple[Array, ...]  # likewise
+    keys: tuple[Array, ...]  # per layer, [B, K, D, S], positions applied
+    values: tuple[Array, ...]  # per layer, [B, K, S, D]
     positions: Array  # [B, S] of the token in each slot, -1 if there is none
     position: Array  # [B] of the next token
     slot: Array  # [B] of the next token, the same in all rows
@@ -63,12 +63,12 @@ def language_model(
                     "scale": decoder.query_scale(config),
                     "softcap": config.attention_softcap,
                 }
-                stored = [jnp.swapaxes(x, 1, 2) for x in (key, value)]
+                key_columns, values = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
                 if cache is None:
-                    written.append(stored)
+                    written.append((key_columns, values))
                     return attention(query, key, value, **options)
-                pairs = zip((cache.keys[i], cache.values[i]), stored, strict=True)
-                written.append([_write(buffer, new, cache.slot, axis=2) for buffer, new in pairs])
+                keys = _write(cache.keys[i], key_columns, cache.slot, axis=3)
+                written.append((keys, _write(cache.values[i], values, cache.slot, axis=2)))
                 return cached_attention(query, *written[-1], **options)
 
             x = decoder.layer(weights, config, x, rotations[kind], attend)
@@ -81,9 +81,10 @@ def language_model(
         present = mask != 0
         positions = jnp.where(present, jnp.cumsum(present, axis=1, dtype=jnp.int32) - 1, -1)
         states, written, _ = forward(jnp.where(present, prompt, 0), positions, None)
-        room = ((0, 0), (0, 0), (0, capacity - length), (0, 0))
-        keys, values = (tuple(jnp.pad(x, room) for x in part) for part in zip(*written, strict=True))
-        known = jnp.pad(positions, room[1:3], constant_values=-1)
+        room = (0, capacity - length)
+        keys = tuple(jnp.pad(keys, ((0, 0), (0, 0), (0, 0), room)) for keys, _ in written)
+        values = tuple(jnp.pad(values, ((0, 0), (0, 0), room, (0, 0))) for _, values in written)
+        known = jnp.pad(positions, ((0, 0), room), constant_values=-1)
         slot = jnp.full(prompt.shape[0], length, jnp.int32)
         cache = Cache(keys, values, known, positions.max(1) + 1, slot)
         return decoder.logits(params, config, states[:, -1]), cache
