@@ -64,9 +64,9 @@ def dot_product_attention(
 def cached_attention(
     query: Array, key: Array, value: Array, *, mask: Array, scale: float, softcap: float | None = None
 ) -> Array:
-    """The same with plain products, and with keys and values as caches hold them: heads first, positions of keys last.
+    """Softmax attention to keys and values as caches hold them: heads first, positions of keys last.
 
-    Then both are products of matrices, row by column, for each row and head: for a single query on CPU that is some
+    Both steps are products of matrices, row by column, for each row and head: for a single query on CPU that is some
     twenty times faster than with the layout of the prompt.
 
     Args:
