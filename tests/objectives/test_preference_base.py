@@ -349,7 +349,7 @@ def test_masked_lists_are_shorter_lists(loss, poison):
     assert not np.where(MASK, 0, slopes).any()
 
 
-@pytest.mark.parametrize("name", set(OVER_LISTS) - {"plackett_luce"})
+@pytest.mark.parametrize("name", sorted(set(OVER_LISTS) - {"plackett_luce"}))
 def test_the_order_of_a_list_and_a_constant_of_its_prompt_do_not_matter(name):
     score, reward = draw(10, 2, 3, 5)
     order = jnp.array([3, 0, 4, 2, 1])
