@@ -345,7 +345,7 @@ def exo_pair(
     """`KL(sigmoid(z) || 1 - e)` with `z = beta D`: the reverse divergence of what `cdpo` has the forward one of.
 
     Its minimum, 0, is at `z = log((1 - e) / e)`, and it is bounded. `flip_prob` is a constant in `(0, 1)`: 0 and 1 give
-    infinity, beyond is NaN. The defaults are TRL's.
+    infinity, beyond is NaN. The defaults are those TRL's documentation gives.
 
     Reference: Towards Efficient Exact Optimization of Language Model Alignment, arXiv:2402.00856.
     """

@@ -88,7 +88,7 @@ def alphapo(
     """SimPO of the reward `(1 - e^(-alpha a)) / alpha`, where `a` is the mean log-probability of a token.
 
     `alpha=0` is SimPO, `alpha=-1` is linear in the probability `e^a`. `gamma` is in units of reward. The defaults are
-    TRL's; exponents as in `scores.box_cox_score`.
+    the paper's, as recalled; exponents as in `scores.box_cox_score`.
 
     Reference: AlphaPO: Reward Shape Matters for LLM Alignment, arXiv:2501.03884.
     """

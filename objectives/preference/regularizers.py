@@ -145,8 +145,8 @@ def token_kl(policy: Array, other: Array, mask: Array) -> Array:
 def wpo_weight(logp: Array, log_collision: Array, mask: Array) -> Array:
     """Weight of a response by how likely the policy is to write it, `exp mean_t (logp_t - log sum_v p_t(v)^2)`.
 
-    A pair's loss is multiplied by the product of its two weights (TRL clips that product at 1). A uniform policy gives
-    every response the weight 1, and so does a certain one its own. The exponent is clipped at 20.
+    A pair's loss is multiplied by the product of its two weights (older TRL clips that product at 1). A uniform policy
+    gives every response the weight 1, and so does a certain one its own. The exponent is clipped at 20.
 
     Args:
       logp: of each token, `[B, T]`, in nats; a constant.
