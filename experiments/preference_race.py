@@ -184,30 +184,31 @@ def _report(
         "length bias",
         "KL to own tilt",
     ]
-    caption = (
-        "Expected reward against divergence from the reference; the line is the exact frontier, which no law passes"
-    )
     text = (
         f"{len(outcomes)} methods, {len(SCALES)} temperatures, {config.seeds} draws of {config.pairs} pairs, "
         f"{config.steps} steps. Each row is the temperature at which the method ends closest to some exact tilt; means "
         "over draws, in nats. The reference has reward "
         f"{float(jnp.exp(_tilts(task)[1]) @ task.reward):.3f}, the best string {float(task.reward.max()):.3f}."
     )
-    picture = reporting.picture(_figure(folder, task, outcomes), folder, caption)
-    return {"Result": "\n\n".join([text, picture, reporting.table(header, rows)])}
+    pictures = _pictures(folder, task, outcomes)
+    return {"Result": "\n\n".join([text, reporting.table(header, rows), *pictures])}
 
 
-def _figure(folder: pathlib.Path, task: Problem, outcomes: dict[str, tuple[Outcome, np.ndarray]]) -> pathlib.Path:
+def _pictures(folder: pathlib.Path, task: Problem, outcomes: dict[str, tuple[Outcome, np.ndarray]]) -> list[str]:
+    """A figure for each family of methods: reward against divergence, temperature by temperature."""
     tilts, reference = _tilts(task)
     frontier = (np.asarray(_kl(tilts, reference)), np.asarray(jnp.exp(tilts) @ task.reward))
-    panels = []
+    pictures = []
     for family in dict.fromkeys(RACERS[name].family for name in outcomes):
-        series: dict[str, tuple] = {"exact tilt": tuple(part[::4] for part in frontier)}
+        series: dict[str, tuple] = {"exact tilt": frontier}
         for name, (outcome, _) in outcomes.items():
             if RACERS[name].family == family:
                 series[name] = (outcome.divergence.mean(1), outcome.reward.mean(1))
-        panels.append(figures.Panel(series, "KL to the reference", f"reward, {family}"))
-    return figures.lines(folder / "figures" / "race.png", *panels)
+        panel = figures.Panel(series, "KL to the reference", "expected reward")
+        path = figures.lines(folder / "figures" / f"{family.replace(' ', '-')}.png", panel)
+        caption = f"{family.capitalize()}, from the smallest temperature to the largest; no law passes the exact tilt"
+        pictures.append(reporting.picture(path, folder, caption))
+    return pictures
 
 
 if __name__ == "__main__":

@@ -11,6 +11,15 @@ from esscher.objectives.preference import anchored, lists, pair_scores, pair_ter
 
 __all__ = ["RACERS", "Data", "Problem", "Racer", "View", "draw", "string_logps"]
 
+LINKS, SCORES, LENGTHS, SINGLE, LISTS = (
+    "pairs by link and label",
+    "pairs by score and term",
+    "pairs with lengths or without a reference",
+    "single responses",
+    "lists and batches",
+)
+"""Families of methods, one figure each."""
+
 LIST = 4  # responses to a prompt, for the methods that take lists
 
 
@@ -120,12 +129,12 @@ class Racer(NamedTuple):
     tilts: bool = False  # whether its optimum is the tilt of the reference at its own beta
 
 
-def _pair(function: Callable, beta: float, *, tilts: bool = False, **options: float) -> Racer:
-    return Racer("pairs", beta, lambda view, beta: function(*view.four, beta=beta, **options), tilts)
+def _pair(family: str, function: Callable, beta: float, *, tilts: bool = False, **options: float) -> Racer:
+    return Racer(family, beta, lambda view, beta: function(*view.four, beta=beta, **options), tilts)
 
 
 def _pointwise(function: Callable, beta: float) -> Racer:
-    return Racer("single responses", beta, lambda view, beta: function(*view.four, beta=beta))
+    return Racer(SINGLE, beta, lambda view, beta: function(*view.four, beta=beta))
 
 
 def _kto(view: View, beta: Array) -> Array:
@@ -141,45 +150,43 @@ def _trained_on_lists(function: Callable, beta: float, *, tilts: bool = False) -
         policy, reference, rewards = view.listed
         return function(policy, reference, rewards, beta=beta)
 
-    return Racer("lists", beta, loss, tilts)
+    return Racer(LISTS, beta, loss, tilts)
 
 
 RACERS: dict[str, Racer] = {
-    "DPO": _pair(pairs.dpo, 1.0, tilts=True),
-    "cDPO": _pair(pairs.cdpo, 1.0),
-    "rDPO": _pair(pairs.rdpo, 1.0),
-    "IPO": _pair(pairs.ipo, 0.5, normalize=False),
-    "hinge": _pair(pairs.hinge, 1.0),
-    "EXO": _pair(pairs.exo_pair, 1.0),
-    "DiscoPOP": _pair(pairs.discopop, 1.0),
-    "DPOP": _pair(pair_scores.dpop, 1.0, penalty=5.0),
-    "f-DPO (JS)": _pair(pair_scores.f_dpo, 1.0, kind="js"),
-    "chi-PO": _pair(pair_scores.chi_po, 1.0),
-    "R-DPO": Racer("lengths", 1.0, lambda v, beta: pairs.r_dpo(*v.four, **v.lengths, beta=beta)),
-    "LN-DPO": Racer("lengths", 3.0, lambda v, beta: pair_scores.length_normalized_dpo(*v.four, **v.lengths, beta=beta)),
-    "LD-DPO": Racer("lengths", 1.0, lambda v, beta: pair_scores.ld_dpo(*v.token_four, **v.masks, beta=beta)),
-    "SimPO": Racer(
-        "lengths", 2.5, lambda v, beta: reference_free.simpo(*v.four[:2], **v.lengths, beta=beta, gamma=0.3)
-    ),
-    "AlphaPO": Racer("lengths", 2.5, lambda v, beta: reference_free.alphapo(*v.four[:2], **v.lengths, beta=beta)),
-    "ORPO": Racer("lengths", 1.0, lambda v, beta: reference_free.orpo(*v.four[:2], **v.lengths, nll=v.nll, beta=beta)),
-    "CPO": Racer("lengths", 1.0, lambda v, beta: reference_free.cpo(*v.four[:2], nll=v.nll, beta=beta)),
-    "TDPO1": Racer("pairs", 1.0, lambda v, beta: pair_scores.tdpo1(*v.four, **v.kls, beta=beta)),
-    "TDPO2": Racer("pairs", 1.0, lambda v, beta: pair_scores.tdpo2(*v.four, **v.kls, beta=beta)),
-    "RPO": Racer("pairs", 1.0, lambda v, beta: pair_terms.rpo(*v.four, nll=v.nll, beta=beta)),
-    "KTO": Racer("single responses", 1.0, _kto),
+    "DPO": _pair(LINKS, pairs.dpo, 1.0, tilts=True),
+    "cDPO": _pair(LINKS, pairs.cdpo, 1.0),
+    "rDPO": _pair(LINKS, pairs.rdpo, 1.0),
+    "IPO": _pair(LINKS, pairs.ipo, 0.5, normalize=False),
+    "hinge": _pair(LINKS, pairs.hinge, 1.0),
+    "EXO": _pair(LINKS, pairs.exo_pair, 1.0),
+    "DiscoPOP": _pair(LINKS, pairs.discopop, 1.0),
+    "DPOP": _pair(SCORES, pair_scores.dpop, 1.0, penalty=5.0),
+    "f-DPO (JS)": _pair(SCORES, pair_scores.f_dpo, 1.0, kind="js"),
+    "chi-PO": _pair(SCORES, pair_scores.chi_po, 1.0),
+    "R-DPO": Racer(LENGTHS, 1.0, lambda v, beta: pairs.r_dpo(*v.four, **v.lengths, beta=beta)),
+    "LN-DPO": Racer(LENGTHS, 3.0, lambda v, beta: pair_scores.length_normalized_dpo(*v.four, **v.lengths, beta=beta)),
+    "LD-DPO": Racer(LENGTHS, 1.0, lambda v, beta: pair_scores.ld_dpo(*v.token_four, **v.masks, beta=beta)),
+    "SimPO": Racer(LENGTHS, 2.5, lambda v, beta: reference_free.simpo(*v.four[:2], **v.lengths, beta=beta, gamma=0.3)),
+    "AlphaPO": Racer(LENGTHS, 2.5, lambda v, beta: reference_free.alphapo(*v.four[:2], **v.lengths, beta=beta)),
+    "ORPO": Racer(LENGTHS, 1.0, lambda v, beta: reference_free.orpo(*v.four[:2], **v.lengths, nll=v.nll, beta=beta)),
+    "CPO": Racer(LENGTHS, 1.0, lambda v, beta: reference_free.cpo(*v.four[:2], nll=v.nll, beta=beta)),
+    "TDPO1": Racer(SCORES, 1.0, lambda v, beta: pair_scores.tdpo1(*v.four, **v.kls, beta=beta)),
+    "TDPO2": Racer(SCORES, 1.0, lambda v, beta: pair_scores.tdpo2(*v.four, **v.kls, beta=beta)),
+    "RPO": Racer(SCORES, 1.0, lambda v, beta: pair_terms.rpo(*v.four, nll=v.nll, beta=beta)),
+    "KTO": Racer(SINGLE, 1.0, _kto),
     "BCO": _pointwise(anchored.bco_pair, 1.0),
     "NCA": _pointwise(anchored.nca_pair, 1.0),
     "APO-zero": _pointwise(anchored.apo_zero, 1.0),
     "APO-down": _pointwise(anchored.apo_down, 1.0),
     "SPPO": _pointwise(anchored.sppo, 0.5),
-    "AOT": Racer("lists", 1.0, lambda v, beta: lists.aot_paired(*v.four, beta=beta)),
-    "AOT, unpaired": Racer("lists", 1.0, lambda v, beta: lists.aot_unpaired(*v.four, beta=beta)),
+    "AOT": Racer(LISTS, 1.0, lambda v, beta: lists.aot_paired(*v.four, beta=beta)),
+    "AOT, unpaired": Racer(LISTS, 1.0, lambda v, beta: lists.aot_unpaired(*v.four, beta=beta)),
     "Plackett-Luce DPO": Racer(
-        "lists", 1.0, lambda v, beta: lists.plackett_luce_dpo(*v.listed[:2], beta=beta), tilts=True
+        LISTS, 1.0, lambda v, beta: lists.plackett_luce_dpo(*v.listed[:2], beta=beta), tilts=True
     ),
     "LiPO": _trained_on_lists(lists.lipo, 1.0),
     "InfoNCA": _trained_on_lists(lambda *a, beta: lists.infonca(*a, temperature=1.0, beta=beta), 1.0, tilts=True),
     "EXO, lists": _trained_on_lists(lambda *a, beta: lists.exo_list(*a, temperature=1.0, beta=beta), 1.0, tilts=True),
-    "RRHF": Racer("lists", 1.0, lambda v, beta: lists.rrhf(v.listed_means, v.listed[2])),
+    "RRHF": Racer(LISTS, 1.0, lambda v, beta: lists.rrhf(v.listed_means, v.listed[2])),
 }
