@@ -13,8 +13,10 @@ __all__ = [
     "check_floating",
     "check_per_example",
     "check_same_shape",
+    "check_targets",
     "expand_like",
     "normal",
+    "per_example",
     "reduce_events",
     "safe_sqrt",
     "squared_norm",
@@ -84,3 +86,21 @@ def check_per_example(x: Array, **values: float | Array) -> None:
     for name, value in values.items():
         if jnp.shape(value) not in ((), x.shape[:1]):
             raise ValueError(f"{name} must be a scalar or have shape {x.shape[:1]}, got {jnp.shape(value)}")
+
+
+def check_targets(targets: Array, **scored: Array) -> None:
+    """Raises a ValueError unless `targets[...]` are integers, one for each `[..., :]` of the array that is named."""
+    ((name, array),) = scored.items()
+    if targets.shape != array.shape[:-1]:
+        raise ValueError(f"targets must have the leading axes of {name}, {array.shape[:-1]}, got {targets.shape}")
+    if not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise ValueError(f"targets must be integers, got {targets.dtype}")
+
+
+def per_example(x: Array, **value: float | Array) -> Array:
+    """The value that is named, checked to be floating and a scalar or one for each example; in float32 at least."""
+    ((name, given),) = value.items()
+    given = jnp.asarray(given)
+    check_floating(**{name: given})
+    check_per_example(x, **{name: given})
+    return at_least_float32(given)

@@ -1,6 +1,5 @@
 """The language model that a script trains: a new one, all of a pretrained one, or an adapter on it."""
 
-import json
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from esscher.core import reporting, tokens
-from esscher.models import adapters, decoder, hf
+from esscher.models import adapters, decoder, hf, hf_files
 from esscher.models.functional import Params
 from esscher.models.language_model import language_model
 from esscher.samplers import decoding
@@ -123,7 +122,7 @@ def save(
     """
     extra: dict[str, Any] = {"eos_token_id": list(stop)}
     if origin is not None:
-        known = json.loads((origin / "config.json").read_text())
+        known = hf_files.read_json(origin / "config.json")
         extra |= {name: known[name] for name in _KEPT if name in known}
     params = jax.jit(policy.merged)(trainable, *policy.constants)
     hf.save(folder, policy.config, params, extra=extra)

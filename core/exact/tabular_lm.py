@@ -44,7 +44,7 @@ class TabularLM:
 
     def __post_init__(self) -> None:
         """Refuses a table that does not fit the horizon."""
-        # Under vmap the leaf has a further axis, or is a placeholder: those are left to the methods.
+        # Under vmap the leaf has a further axis, or is no array at all: those are left to the methods.
         if getattr(self.log_probs, "ndim", None) == 2:
             _ = self.table
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from esscher.core.arrays import check_floating
+from esscher.core.arrays import check_floating, check_targets
 
 __all__ = ["TokenStatistics", "linear_token_kl", "linear_token_logps", "linear_token_statistics"]
 
@@ -60,7 +60,7 @@ def linear_token_logps(
 
     Reference: The Two-Pass Softmax Algorithm, arXiv:2001.04438.
     """
-    _check_targets(hidden, targets)
+    check_targets(targets, hidden=hidden)
     sums = _statistics(_LOGP, ((hidden, unembedding),), targets, chunk, temperature, softcap)
     return _fill_invalid(sums.target - jnp.log(sums.mass), targets, unembedding)
 
@@ -80,7 +80,7 @@ def linear_token_statistics(
 
     Reference: WPO: Enhancing RLHF with Weighted Preference Optimization, arXiv:2406.11827.
     """
-    _check_targets(hidden, targets)
+    check_targets(targets, hidden=hidden)
     sums = _statistics(_ALL, ((hidden, unembedding),), targets, chunk, temperature, softcap)
     log_mass = jnp.log(sums.mass)
     return TokenStatistics(
@@ -134,14 +134,6 @@ def linear_token_kl(
     targets = jnp.zeros(hidden.shape[:-1], jnp.int32)
     sums = _statistics(_KL, pairs, targets, chunk, temperature, softcap)
     return sums.difference / sums.mass - jnp.log(sums.mass) + jnp.log(sums.other_mass)
-
-
-def _check_targets(hidden: Array, targets: Array) -> None:
-    """Raises a ValueError unless `targets[...]` are integers, one for each `hidden[..., :]`."""
-    if targets.shape != hidden.shape[:-1]:
-        raise ValueError(f"targets must have the leading axes of hidden, {hidden.shape[:-1]}, got {targets.shape}")
-    if not jnp.issubdtype(targets.dtype, jnp.integer):
-        raise ValueError(f"targets must be integers, got {targets.dtype}")
 
 
 def _fill_invalid(logp: Array, targets: Array, unembedding: Array) -> Array:

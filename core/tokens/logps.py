@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from esscher.core.arrays import at_least_float32, check_floating, check_same_shape
+from esscher.core.arrays import at_least_float32, check_floating, check_same_shape, check_targets
 
 __all__ = ["sequence_logp", "shared_prefix_sequence_logp", "token_entropy", "token_logps"]
 
@@ -23,10 +23,7 @@ def token_logps(logits: Array, targets: Array) -> Array:
       ValueError: shapes that do not fit, logits that are not floating, targets that are not integers.
     """
     check_floating(logits=logits)
-    if targets.shape != logits.shape[:-1]:
-        raise ValueError(f"targets must have the leading axes of logits, {logits.shape[:-1]}, got {targets.shape}")
-    if not jnp.issubdtype(targets.dtype, jnp.integer):
-        raise ValueError(f"targets must be integers, got {targets.dtype}")
+    check_targets(targets, logits=logits)
     targets = jnp.where(targets < 0, logits.shape[-1], targets)  # a negative index would count from the end
     taken = jnp.take_along_axis(logits, targets[..., None], axis=-1, mode="fill", fill_value=jnp.nan)[..., 0]
     return at_least_float32(taken) - jax.nn.logsumexp(at_least_float32(logits), axis=-1)

@@ -7,10 +7,9 @@ scalar or `[B]`, normalised as you like: implementations differ.
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
-from esscher.core.arrays import at_least_float32, check_floating, check_per_example, check_same_shape
+from esscher.core.arrays import check_floating, check_per_example, check_same_shape, per_example
 from esscher.objectives.preference.pairs import dpo
 from esscher.objectives.preference.regularizers import value_incentive
 from esscher.objectives.preference.scores import per_token
@@ -82,7 +81,7 @@ def mm_dpo(
     Reference: MM-RLHF: The Next Step Forward in Multimodal LLM Alignment, arXiv:2502.10391.
     """
     loss = dpo(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=jax.lax.stop_gradient(beta))
-    return loss + nll_weight * _term(policy_chosen, nll=nll)
+    return loss + nll_weight * per_example(policy_chosen, nll=nll)
 
 
 # --- further terms ----------------------------------------------------------------------------------------------------
@@ -106,7 +105,7 @@ def rpo(
       arXiv:2405.16436.
     """
     loss = dpo(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=beta)
-    return loss + eta * _term(policy_chosen, nll=nll)
+    return loss + eta * per_example(policy_chosen, nll=nll)
 
 
 def iterative_rpo(
@@ -188,7 +187,7 @@ def xpo(
     """
     loss = dpo(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=beta)
     check_same_shape(policy_chosen=policy_chosen, policy_exploration=policy_exploration)
-    return loss + alpha * _term(policy_chosen, policy_exploration=policy_exploration)
+    return loss + alpha * per_example(policy_chosen, policy_exploration=policy_exploration)
 
 
 def rise(
@@ -230,13 +229,4 @@ def rise(
     spans |= {"ref_chosen_span": ref_chosen_span, "ref_edited_span": ref_edited_span}
     check_floating(**spans)
     check_same_shape(policy_chosen=policy_chosen, **spans)
-    return full + dpo(*spans.values(), beta=beta) + alpha * _term(policy_chosen, nll=nll)
-
-
-def _term(policy_chosen: Array, **term: float | Array) -> Array:
-    """The one term given, checked."""
-    (name, value), *_ = term.items()
-    value = jnp.asarray(value)
-    check_floating(**{name: value})
-    check_per_example(policy_chosen, **{name: value})
-    return at_least_float32(value)
+    return full + dpo(*spans.values(), beta=beta) + alpha * per_example(policy_chosen, nll=nll)

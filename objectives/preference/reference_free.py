@@ -5,10 +5,9 @@ negative log-likelihood of the chosen response (or of another text), a scalar or
 sequence, token or not at all, on which implementations differ. `a` is the mean log-probability of a token.
 """
 
-import jax.numpy as jnp
 from jax import Array
 
-from esscher.core.arrays import at_least_float32, check_floating, check_per_example
+from esscher.core.arrays import check_per_example, per_example
 from esscher.objectives.preference.links import hinge_link
 from esscher.objectives.preference.losses import pairwise
 from esscher.objectives.preference.pairs import policy_scores
@@ -32,7 +31,8 @@ def slic(
     Reference: SLiC-HF: Sequence Likelihood Calibration with Human Feedback, arXiv:2305.10425.
     """
     scores = policy_scores(policy_chosen, policy_rejected)
-    return pairwise(*scores, beta=1.0, margin=delta - 1, link=hinge_link) + nll_weight * _nll(nll, policy_chosen)
+    likelihood = nll_weight * per_example(policy_chosen, nll=nll)
+    return pairwise(*scores, beta=1.0, margin=delta - 1, link=hinge_link) + likelihood
 
 
 def cpo(
@@ -52,7 +52,7 @@ def cpo(
       arXiv:2401.08417.
     """
     scores = policy_scores(policy_chosen, policy_rejected)
-    return pairwise(*scores, beta=beta, flip_prob=flip_prob) + nll_weight * _nll(nll, policy_chosen)
+    return pairwise(*scores, beta=beta, flip_prob=flip_prob) + nll_weight * per_example(policy_chosen, nll=nll)
 
 
 def simpo(
@@ -114,11 +114,4 @@ def orpo(
     """
     scores = policy_scores(policy_chosen, policy_rejected, len_chosen=len_chosen, len_rejected=len_rejected)
     check_per_example(policy_chosen, beta=beta)
-    return _nll(nll, policy_chosen) + beta * pairwise(*(odds_score(a) for a in scores), beta=1.0)
-
-
-def _nll(nll: float | Array, policy_chosen: Array) -> Array:
-    nll = jnp.asarray(nll)
-    check_floating(nll=nll)
-    check_per_example(policy_chosen, nll=nll)
-    return at_least_float32(nll)
+    return per_example(policy_chosen, nll=nll) + beta * pairwise(*(odds_score(a) for a in scores), beta=1.0)

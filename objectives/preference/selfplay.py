@@ -21,6 +21,7 @@ from jax.lax import stop_gradient
 from esscher.core import tokens
 from esscher.core.arrays import at_least_float32, check_floating, check_per_example, check_same_shape, expand_like
 from esscher.objectives.preference.losses import pairwise_list
+from esscher.objectives.preference.regularizers import token_kl
 from esscher.objectives.preference.scores import log_ratio
 
 __all__ = ["extrapolate_log_policy", "extrapolate_tree", "geometric_mixture", "nash_md", "p3o", "p3o_token", "trpa"]
@@ -254,9 +255,7 @@ def trpa(
         pairs += pairwise_list(expand_like(scale, s) * s, rank, pair_weight=weight, mask=valid, normalize=True)
     alone = tokens.masked_mean(jax.nn.softplus(jnp.where(top, -s, s)), valid, axis=1)
     several = jnp.where(valid, rank, -jnp.inf).max(1) > jnp.where(valid, rank, jnp.inf).min(1)
-    d = jnp.minimum(stop_gradient(at_least_float32(old_logp)) - at_least_float32(logp), 20.0)
-    d = jnp.where(mask != 0, d, 0)
-    trust = tokens.masked_mean(jnp.expm1(d) - d, mask, axis=(1, 2))
+    trust = token_kl(*(x.reshape(x.shape[0], -1) for x in (logp, old_logp, mask)))
     return jnp.where(several, pairs, alone) + kl_coef * trust
 
 

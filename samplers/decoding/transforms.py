@@ -13,6 +13,7 @@ from jax import Array
 
 from esscher.core.arrays import at_least_float32, check_floating
 from esscher.core.contracts import Transform
+from esscher.core.tokens import token_entropy
 
 __all__ = [
     "logit_bias",
@@ -95,10 +96,8 @@ def typical_p(mass: float | Array) -> Transform:
 
     def apply(logits: Array) -> Array:
         logp = jax.nn.log_softmax(logits, axis=-1)
-        p = jnp.exp(logp)
-        entropy = -jnp.sum(jnp.where(p > 0, p * jnp.where(p > 0, logp, 0), 0), axis=-1, keepdims=True)
-        distance = jnp.abs(logp + entropy)
-        nearest, by_distance = jax.lax.sort((distance, p), num_keys=1)
+        distance = jnp.abs(logp + token_entropy(logits)[..., None])
+        nearest, by_distance = jax.lax.sort((distance, jnp.exp(logp)), num_keys=1)
         last = _length_of_prefix(by_distance, mass) - 1
         return _keep(logits, distance <= jnp.take_along_axis(nearest, last, axis=-1))
 

@@ -197,6 +197,13 @@ def test_same_key_same_sample_compiled_or_not():
     assert np.any(first.tokens != other.tokens)
 
 
+def test_prompts_of_one_padded_length_are_one_program():
+    run = jax.jit(lambda key, prompt, mask: decoding.generate(key, LM, prompt, mask, 2).tokens)
+    for prompt, mask in (([[1, 2]], [[1, 1]]), ([[0, 1]], [[0, 1]]), ([[0, 0]], [[0, 0]])):
+        run(jax.random.key(0), jnp.array(prompt), jnp.array(mask))
+    assert run._cache_size() == 1
+
+
 def test_a_sweep_of_temperatures_is_one_program():
     def mean_logp(tau):
         transforms = (decoding.temperature(tau),)
