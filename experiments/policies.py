@@ -47,11 +47,11 @@ def _whole(config: decoder.Config, initialize: Callable[..., Params], pretrained
     return Policy(config, initialize, decoder.axes(config), network, lambda params: params, (), pretrained)
 
 
-def adapted(config: decoder.Config, params: Params, rank: int, alpha: float, *, dora: bool = False) -> Policy:
+def adapted(config: decoder.Config, params: Params, rank: int, alpha: float) -> Policy:
     """A low-rank adapter on a pretrained decoder, which stays as it is."""
 
-    def initialize(key: Array, *base: Params) -> Params:
-        return adapters.init(key, base[0] if base else decoder.shapes(config), rank=rank, dora=dora)
+    def initialize(key: Array) -> Params:
+        return adapters.init(key, decoder.shapes(config), rank=rank)
 
     def network(adapter: Params, params: Params) -> tuple[Params, Callable[[Any], Params]]:
         layered = {**params, "layers": (params["layers"], adapter["layers"])}
@@ -60,9 +60,8 @@ def adapted(config: decoder.Config, params: Params, rank: int, alpha: float, *, 
     def merged(adapter: Params, params: Params) -> Params:
         return adapters.merge(params, adapter, alpha=alpha)
 
-    start = (params,) if dora else ()  # magnitudes begin as the norms of the weights
-    axes = adapters.axes(decoder.axes(config), jax.eval_shape(initialize, jax.random.key(0), *start))
-    return Policy(config, initialize, axes, network, merged, (params,), start)
+    axes = adapters.axes(decoder.axes(config), jax.eval_shape(initialize, jax.random.key(0)))
+    return Policy(config, initialize, axes, network, merged, (params,))
 
 
 def completion_logps(

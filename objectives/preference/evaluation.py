@@ -15,7 +15,7 @@ from esscher.core.arrays import (
     safe_sqrt,
 )
 from esscher.objectives.preference.links import logistic_link
-from esscher.objectives.preference.scores import per_token
+from esscher.objectives.preference.pairs import policy_scores
 
 __all__ = [
     "WinRate",
@@ -65,12 +65,8 @@ def ranking_accuracy(
     """
     if (len_chosen is None) != (len_rejected is None):
         raise ValueError("len_chosen and len_rejected go together, got one of them")
-    lengths = {} if len_chosen is None else {"len_chosen": len_chosen, "len_rejected": len_rejected}
-    check_floating(policy_chosen=policy_chosen, policy_rejected=policy_rejected)
-    check_same_shape(policy_chosen=policy_chosen, policy_rejected=policy_rejected, **lengths)
-    if len_chosen is not None:
-        policy_chosen, policy_rejected = per_token(policy_chosen, len_chosen), per_token(policy_rejected, len_rejected)
-    gap = at_least_float32(policy_chosen) - at_least_float32(policy_rejected)
+    chosen, rejected = policy_scores(policy_chosen, policy_rejected, len_chosen=len_chosen, len_rejected=len_rejected)
+    gap = chosen - rejected
     return jnp.where(jnp.isnan(gap), gap, gap >= 0)
 
 

@@ -16,6 +16,7 @@ from jax.lax import stop_gradient
 from esscher.core import tokens
 from esscher.core.arrays import at_least_float32, check_floating, check_per_example, check_same_shape, expand_like
 from esscher.objectives.preference import losses
+from esscher.objectives.preference.pairs import dpo, log_ratios
 from esscher.objectives.preference.scores import log_ratio
 
 __all__ = [
@@ -301,9 +302,8 @@ def aot_unpaired(
 
     Reference: Distributional Preference Alignment of LLMs via Optimal Transport, arXiv:2406.05882.
     """
-    _check_pairs(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    chosen, rejected = log_ratio(policy_chosen, ref_chosen), log_ratio(policy_rejected, ref_rejected)
-    return _sorted_pairwise(chosen, rejected, beta, flip_prob)
+    h = log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
+    return _sorted_pairwise(*h, beta, flip_prob)
 
 
 def mah_dpo(
@@ -330,8 +330,7 @@ def mah_dpo(
     if heads.ndim != 1 or not jnp.issubdtype(heads.dtype, jnp.integer):
         raise ValueError(f"heads must be integers [B], got {heads.dtype}{heads.shape}")
     valid = (heads >= 0) & (heads < n_heads)
-    chosen, rejected, *refs = (_kept(x, valid) for x in arrays)
-    loss = losses.pairwise(log_ratio(chosen, refs[0]), log_ratio(rejected, refs[1]), beta=beta)
+    loss = dpo(*(_kept(x, valid) for x in arrays), beta=beta)
     member = jax.nn.one_hot(heads, n_heads, dtype=loss.dtype)
     counts = member.sum(0)
     return jnp.where(valid, loss * heads.size / jnp.maximum((counts > 0).sum() * (member @ counts), 1), 0)
