@@ -1,12 +1,14 @@
 """Sides of a comparison, each in a process of its own, that run in turns so that all see the same machine."""
 
+import ctypes
 import multiprocessing
 import os
+import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["measure"]
+__all__ = ["measure", "peak_memory"]
 
 WARM_UP = 2
 
@@ -49,3 +51,17 @@ def _work(pipe: Any, make: Callable, *arguments: Any) -> None:
         began = time.perf_counter()
         result = functions[name]()
         pipe.send((time.perf_counter() - began, result))
+
+
+def peak_memory(function: Callable[[], Any]) -> int:
+    """Bytes by which the process grows, at its highest, above what it had when the call began. Linux only."""
+    ctypes.CDLL(None).malloc_trim(0)  # else the call would take again what it freed last time, and not grow
+    before = _resident("VmRSS")
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the highest until now is forgotten
+    function()
+    return _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))

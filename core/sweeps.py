@@ -1,8 +1,7 @@
 """Sweeps: a grid of float hyperparameters trained as one vmapped program."""
 
-import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +26,7 @@ class Sweep(NamedTuple):
 
 
 def grid(hyper: Any, *, divisor: int = 1) -> Sweep:
-    """The grid that a dataclass of tuples of floats spans, the last field fastest.
+    """The grid that a dataclass or a mapping of tuples of floats spans, the last field fastest.
 
     >>> import dataclasses
     >>> @dataclasses.dataclass
@@ -38,7 +37,7 @@ def grid(hyper: Any, *, divisor: int = 1) -> Sweep:
     ('lr=0.1', 'lr=0.2')
 
     Args:
-      hyper: a dataclass instance whose fields are non-empty tuples of floats.
+      hyper: a dataclass instance or a mapping whose fields are non-empty tuples of floats.
       divisor: the number of devices over which members are split.
 
     Returns:
@@ -47,7 +46,7 @@ def grid(hyper: Any, *, divisor: int = 1) -> Sweep:
     Raises:
       UsageError: a field is empty, or the number of members is no multiple of `divisor`.
     """
-    fields = {field.name: getattr(hyper, field.name) for field in dataclasses.fields(hyper)}
+    fields = hyper if isinstance(hyper, Mapping) else vars(hyper)
     for name, values in fields.items():
         if not values:
             raise UsageError(f"--hyper.{name} needs at least one value")

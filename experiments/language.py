@@ -13,7 +13,17 @@ from esscher.core.errors import UsageError
 from esscher.core.sequences import Example, Tokens
 from esscher.models import hf_files
 
-__all__ = ["OPERATIONS", "Task", "arithmetic", "decode", "encode", "from_file", "open_tokenizer", "tokenizer_of"]
+__all__ = [
+    "OPERATIONS",
+    "Pair",
+    "Task",
+    "arithmetic",
+    "decode",
+    "encode",
+    "from_file",
+    "open_tokenizer",
+    "tokenizer_of",
+]
 
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -21,11 +31,19 @@ PAD, END = 0, 1
 LARGEST = 100_000  # problems that are made at most
 
 
-class Task(NamedTuple):
-    """Examples to learn from, and examples to be judged by."""
+class Pair(NamedTuple):
+    """A prompt, and two completions of which one is better."""
 
-    train: list[Example]
-    test: list[Example]
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+class Task(NamedTuple):
+    """Examples (or pairs) to learn from, and others to be judged by."""
+
+    train: list[Any]
+    test: list[Any]
 
 
 def arithmetic(digits: int, operations: str, base: int, held_out: int, seed: int) -> Task:
@@ -73,15 +91,15 @@ def _write(number: int, base: int) -> str:
     return "-" * (number < 0) + "".join(reversed(digits))
 
 
-def from_file(path: pathlib.Path, held_out: int, seed: int) -> Task:
-    """Prompts and completions of a `jsonl` file; some of the prompts, with all their lines, are held out at random.
+def from_file(path: pathlib.Path, held_out: int, seed: int, kind: type = Example) -> Task:
+    """Examples, or pairs, of a `jsonl` file; some of the prompts, with all their lines, are held out at random.
 
     Raises:
       UsageError: the file cannot be read, a line is malformed, or there are too few prompts.
     """
-    by_prompt: dict[str, list[Example]] = {}
-    for fields in sequences.read_jsonl(path):
-        by_prompt.setdefault(fields[0], []).append(Example(*fields))
+    by_prompt: dict[str, list[Any]] = {}
+    for fields in sequences.read_jsonl(path, kind._fields):
+        by_prompt.setdefault(fields[0], []).append(kind(*fields))
     if len(by_prompt) <= held_out:
         raise UsageError(f"--problems {held_out} leaves none of the {len(by_prompt)} prompts of {path} to learn from")
     groups = list(by_prompt.values())

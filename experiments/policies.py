@@ -15,7 +15,7 @@ from esscher.models.functional import Params
 from esscher.models.language_model import language_model
 from esscher.samplers import decoding
 
-__all__ = ["Policy", "adapted", "completion_logps", "full", "generator", "new", "save"]
+__all__ = ["Completions", "Policy", "adapted", "completions", "full", "generator", "new", "save"]
 
 
 class Policy(NamedTuple):
@@ -64,21 +64,26 @@ def adapted(config: decoder.Config, params: Params, rank: int, alpha: float) -> 
     return Policy(config, initialize, axes, network, merged, (params,))
 
 
-def completion_logps(
+class Completions(NamedTuple):
+    """What a model says of the completions in a batch; place `t` is about the token at `t + 1`."""
+
+    logps: Array  # [B, T] of each token from those before it
+    mask: Array  # [B, T] whether that token belongs to a completion; the last place of a row never counts
+    states: Array  # [B, T, D] last hidden states
+
+
+def completions(
     policy: Policy, trainable: Any, batch: dict[str, Array], *constants: Any, dtype: Any = None, remat: bool = False
-) -> tuple[Array, Array]:
-    """Log-probability of each token from those before it, and which of them belong to a completion.
+) -> Completions:
+    """Runs a model over a batch.
 
     Args:
       policy: whose.
       trainable: its parameters.
-      batch: of `sequences.pack`, `[B, T]` each.
+      batch: `tokens`, `segments` and `completion` as of `sequences.pack`, `[B, T]` each.
       *constants: the policy's.
       dtype: of the arithmetic; that of the parameters if absent.
       remat: as in `decoder.hidden`.
-
-    Returns:
-      `[B, T]` twice; place `t` is about the token at `t + 1`, so the last place of a row never counts.
     """
     params, layer_weights = policy.network(trainable, *constants)
     if dtype is not None:
@@ -90,8 +95,9 @@ def completion_logps(
     following = lambda x: jnp.roll(x, -1, axis=1)  # noqa: E731
     mask = following(batch["completion"]).at[:, -1].set(False)
     unembedding, cap = decoder.unembedding(params), policy.config.final_softcap
-    logp = tokens.linear_token_logps(states, unembedding, following(batch["tokens"]), softcap=cap)
-    return logp, mask
+    return Completions(
+        tokens.linear_token_logps(states, unembedding, following(batch["tokens"]), softcap=cap), mask, states
+    )
 
 
 def generator(policy: Policy, length: int, stop: tuple[int, ...]) -> Callable[..., decoding.Generation]:

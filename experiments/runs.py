@@ -27,6 +27,7 @@ __all__ = [
     "averaged",
     "compile_program",
     "curves",
+    "member",
     "start",
     "train",
 ]
@@ -213,6 +214,11 @@ def adamw(steps: int, hyper: dict[str, Array]) -> optax.GradientTransformation:
 def averaged(state: training.TrainState) -> Any:
     """The moving average of the parameters, or themselves where there is none."""
     return state.params if state.ema is None else state.ema
+
+
+def member(state: training.TrainState, sweep: sweeps.Sweep, index: int) -> Any:
+    """The averaged parameters of one member of a sweep; of a single run its own."""
+    return jax.tree.map(lambda leaf: leaf[index], averaged(state)) if sweep.swept else averaged(state)
 
 
 class Trained(NamedTuple):

@@ -1,8 +1,8 @@
 """What a language model solves of problems whose answers are known: greedily, in k attempts, and by majority."""
 
+import functools
 import json
 import pathlib
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from esscher.core import figures, meshes, reporting, sequences
 from esscher.experiments import language, policies
+from esscher.experiments.setups import Setup
 from esscher.objectives import voting
 from esscher.samplers import decoding
 
@@ -50,32 +51,20 @@ def exact_match(answer: decoding.Generation, tokens: Array, mask: Array) -> Arra
     return jnp.all((answer.mask == mask) & (~mask | (answer.tokens == tokens)), axis=-1).astype(jnp.float32)
 
 
-def solve(
-    task: Sequence[sequences.Example],
-    encoded: Sequence[sequences.Tokens],
-    tokenizer: Any,
-    policy: policies.Policy,
-    stop: tuple[int, ...],
-    trainable: Any,
-    mesh: Mesh,
-    *,
-    key: Array,
-    samples: int,
-) -> Solved:
-    """Answers every problem once greedily and `samples` times at temperature 1."""
-    prompts, answers = zip(*encoded, strict=True)
+def solve(setup: Setup, trainable: Any, mesh: Mesh, *, key: Array, samples: int) -> Solved:
+    """Answers every problem held out once greedily and `samples` times at temperature 1."""
+    policy, (prompts, answers) = setup.policy, zip(*setup.test, strict=True)
     placed = meshes.place(sequences.pad_left(prompts), mesh)
-    generate = policies.generator(policy, max(map(len, answers)), stop)
+    generate = policies.generator(policy, max(map(len, answers)), setup.stop)
 
     def both(key: Array, trainable: Any, prompt: Array, mask: Array, *constants: Any) -> tuple[Any, Any]:
         greedy = generate(key, trainable, prompt, mask, *constants, choose=decoding.greedy)
         return greedy, generate(key, trainable, prompt, mask, *constants, n=samples)
 
     greedy, sampled = meshes.gather(jax.jit(both)(key, trainable, *placed, *policy.constants))
-    texts = [
-        language.decode(tokenizer, tokens, kept) for tokens, kept in zip(sampled.tokens, sampled.mask, strict=True)
-    ]
-    return Solved(list(task), language.decode(tokenizer, greedy.tokens, greedy.mask), texts)
+    decode = functools.partial(language.decode, setup.tokenizer)
+    texts = [decode(*part) for part in zip(sampled.tokens, sampled.mask, strict=True)]
+    return Solved(setup.task.test, decode(greedy.tokens, greedy.mask), texts)
 
 
 def attempts(solved: Solved) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Examples in docstrings run, METHODS.md is fresh, and the README's Python runs."""
+"""Examples in docstrings and the Python of the README and the recipes run; METHODS.md is fresh."""
 
 import doctest
 import importlib
@@ -35,9 +35,21 @@ def python_blocks(page):
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.S)
 
 
-@pytest.mark.parametrize("index", range(len(python_blocks("README.md"))))
-def test_the_readmes_python_runs(index):
-    exec(compile(python_blocks("README.md")[index], f"README.md, example {index + 1}", "exec"), {})
+PAGES = ("README.md", "docs/preference_recipes.md")
+
+
+@pytest.mark.parametrize(
+    ("page", "index"), [(page, index) for page in PAGES for index in range(len(python_blocks(page)))]
+)
+def test_the_python_of_a_page_runs(page, index):
+    exec(compile(python_blocks(page)[index], f"{page}, example {index + 1}", "exec"), {})
+
+
+def test_every_recipe_has_code_that_checks_itself_and_its_paper():
+    recipes = (ROOT / "docs" / "preference_recipes.md").read_text().split("\n## ")[1:]
+    for recipe in recipes:
+        assert len(re.findall(r"```python\n.*?^ *assert .*?```", recipe, flags=re.S | re.M)) == 1, recipe[:60]
+        assert re.search(r"^Reference: [^`]+arXiv:\d{4}\.\d{5}\.$", recipe, flags=re.M | re.S), recipe[:60]
 
 
 def test_the_example_of_contributing_is_the_code_itself():

@@ -282,8 +282,8 @@ def redi(
 def unlikelihood(logp: Array, desirable: Array, mask: Array, *, alpha: float | Array = 1.0) -> Array:
     """`-g log p - alpha (1 - g) log(1 - p)` of each token, `[B, T]`: good ones become likely, bad ones unlikely.
 
-    `g = desirable[B, T]` is 1 for good tokens, 0 for bad; `1 - p` is at least 1e-20. Results are 0 where the mask is,
-    and `alpha` is the paper's.
+    One of PHF's objectives. `g = desirable[B, T]` is 1 for good tokens, 0 for bad; `1 - p` is at least 1e-20. Results
+    are 0 where the mask is, and `alpha` is the paper's.
 
     Reference: Pretraining Language Models with Human Preferences, arXiv:2302.08582.
     """
@@ -300,8 +300,8 @@ def advantage_weighted_nll(
 ) -> Array:
     """`-min(e^(advantage / beta), weight_max) log p` of each token, `[B, T]`: likelihood, weighted by a constant.
 
-    With rewards in place of `advantage[B, T]` it is reward-weighted regression. Results are 0 where the mask is. The
-    defaults are the paper's; `beta=0` gives NaN where the advantage is 0.
+    PHF's AWR; with rewards in place of `advantage[B, T]` its RWR, reward-weighted regression. Results are 0 where the
+    mask is. The defaults are the paper's; `beta=0` gives NaN where the advantage is 0.
 
     Reference: Pretraining Language Models with Human Preferences, arXiv:2302.08582.
     """

@@ -54,8 +54,8 @@ class GoalPairs(NamedTuple):
 def answer_confidence(logp: Array, answer_mask: Array) -> Array:
     """Mean probability of the tokens of the answer, `mean_{t in answer} e^{logp_t}`: a reward without training.
 
-    Not the exponential of the mean, the inverse perplexity, which is never larger. Log-probabilities above 0 count
-    as 0.
+    CRew's reward. Not the exponential of the mean, the inverse perplexity, which is never larger. Log-probabilities
+    above 0 count as 0.
 
     Args:
       logp: of each token, `[B, T]`, in nats.
@@ -78,8 +78,8 @@ def answer_confidence(logp: Array, answer_mask: Array) -> Array:
 def density_ratio_reward(logp_strong: Array, logp_weak: Array, mask: Array, *, normalize: bool = False) -> Array:
     """`sum_t m_t (log strong_t - log weak_t)`: the reward over beta that tuning the weak model to the strong one used.
 
-    It is known up to a constant of the prompt. Without the sum each term is a reward of its token. Criteria go into the
-    prompts of both models.
+    CDR's reward, known up to a constant of the prompt. Without the sum each term is a reward of its token. Criteria go
+    into the prompts of both models.
 
     Args:
       logp_strong: of each token under the tuned model, `[B, T]`, in nats.
@@ -133,8 +133,8 @@ def apc_score(relevance: Array, entailment: Array, mask: Array | None = None) ->
 def linear_scalarize(rewards: Array, weights: Array) -> Array:
     """`sum_k w_k r_k` of several objectives, `[..., K], [K] -> [...]`.
 
-    Bring the rewards to one scale first. As a direction of preference the weights have length 1: their length is an
-    inverse temperature.
+    Bring the rewards to one scale first. As a direction of preference, in DPA, the weights have length 1: their length
+    is an inverse temperature.
 
     Raises:
       ValueError: not one weight for each objective, arrays that are not floating.
@@ -155,10 +155,12 @@ def linear_scalarize(rewards: Array, weights: Array) -> Array:
 def top_gap_pairs(score: Array, correct: Array, k: int, *, mask: Array | None = None) -> IndexPairs:
     """The `k` pairs (correct, incorrect) of each prompt whose scores differ most in favour of the correct one.
 
-    A pair may be kept although its gap is negative. Of equal gaps the pair with the first correct response is first.
+    CRew's pairs, with `answer_confidence` as score. CDR's, the best against the worst by `density_ratio_reward`, are
+    those of `k=1` where all but the worst count as correct. A pair may be kept although its gap is negative. Of equal
+    gaps the pair with the first correct response is first.
 
     Args:
-      score: of each response, `[P, G]`, for instance `answer_confidence`.
+      score: of each response, `[P, G]`.
       correct: `[P, G]`, 0 where a response is incorrect.
       k: number of pairs, static, at most `G^2`.
       mask: `[P, G]`, 0 where there is no response.
@@ -238,9 +240,9 @@ def statistical_rejection_sample(
 ) -> Array:
     """Accepts `n` responses of each group with probability `e^{(r - r_max) / beta}`, without replacement.
 
-    Passes over those that are left are repeated, with `r_max` their largest reward, until `n` are accepted; in a pass
-    the first ones win. Responses of the reference become samples of its tilt by `e^{r / beta}` as the group grows;
-    small groups stay closer to the reference. `beta = 0` takes the best, an infinite one the first.
+    This is RSO's sampling. Passes over those that are left are repeated, with `r_max` their largest reward, until `n`
+    are accepted; in a pass the first ones win. Responses of the reference become samples of its tilt by `e^{r / beta}`
+    as the group grows; small groups stay closer to the reference. `beta = 0` takes the best, an infinite one the first.
 
     Args:
       key: typed random key.
@@ -303,7 +305,8 @@ def quantile_edges(score: Array, k: int) -> Array:
 def quantile_bucket(score: Array, edges: Array) -> Array:
     """Number of edges below each score, `[...], [k - 1] -> [...]`, integers in `0..k-1`: the code to condition on.
 
-    With one edge, a threshold on badness, 0 is good: `score <= edge`. A score that is NaN gets `k - 1`.
+    Conditional training is `nll` after a token for the code. With one edge, PHF's threshold on badness, 0 is good:
+    `score <= edge`. A score that is NaN gets `k - 1`.
 
     Args:
       score: any shape.

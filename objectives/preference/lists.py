@@ -174,7 +174,7 @@ def set_contrast(
 ) -> Array:
     r"""`log(1 + sum_{labels_i > labels_j} e^{m_j - m_i})` with `m = mean_logp`: good responses above bad ones.
 
-    Alone it pushes bad responses down without end. Two remedies: `detach_worse` stops the gradient of `m_j`, and
+    AFT's. Alone it pushes bad responses down without end. Two remedies: `detach_worse` stops the gradient of `m_j`, and
     `boundary` adds `e^{T_j - m_j}` for each pair, with the constant `T_j = min_i m_i - 2 boundary`, whose pull equals
     the push of the least good `i` when `m_j` is `boundary` nats below it. Labels are right or wrong, or ranks.
 
@@ -197,8 +197,8 @@ def set_contrast(
 def contrastive_ranking(score: Array, labels: Array, *, bias: Float = 0.5, mask: Mask = None) -> Array:
     """Mean of `softplus(-(s_i - bias s_j))` over the pairs of a list with `labels_i > labels_j`; 0 without pairs.
 
-    A whole batch of segments is one list, `P = 1`. The score is `alpha sum_t discount^t log pi(a_t | s_t)`; a bias
-    below 1 also pushes up the likelihood of the data, and is on the worse segment.
+    CPL's batch of segments is one list, `P = 1`. The score is `alpha sum_t discount^t log pi(a_t | s_t)`; a bias below
+    1 also pushes up the likelihood of the data, and is on the worse segment.
 
     Reference: Contrastive Preference Learning: Learning from Human Feedback without RL, arXiv:2310.13639.
     """

@@ -147,6 +147,8 @@ def listwise_softmax(
 def plackett_luce(score: Array, *, mask: Array | None = None) -> Array:
     r"""`-sum_k (s_k - logsumexp_{j >= k} s_j)` of a list that is sorted from best to worst; two responses are a pair.
 
+    The list may be a response and copies of it that are ever more degraded, as SPO makes them.
+
     Args:
       score: beta times the scores, `[P, G]`, best first.
       mask: `[P, G]`, 0 where there is no response.
@@ -216,8 +218,8 @@ def group_mean_pairwise(
 ) -> Array:
     """`-log sigmoid(beta (mean chosen - mean rejected)) + variance_coef var(chosen)` of each group.
 
-    The variance (over `n`, not `n - 1`) holds together responses that are equally good. Where a side has no response
-    the first term is 0.
+    GEPO, of groups that are each equally good inside: the variance (over `n`, not `n - 1`) holds the good one together.
+    Where a side has no response the first term is 0.
 
     Args:
       chosen: log-ratios, `[P, N]`.

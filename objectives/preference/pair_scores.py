@@ -48,7 +48,7 @@ def length_normalized_dpo(
 ) -> Array:
     """`l(beta (h_chosen / len_chosen - h_rejected / len_rejected))`: DPO on means over tokens.
 
-    At equal lengths `L` it is DPO with `beta / L`. The default is Tulu 3's.
+    LN-DPO: at equal lengths `L` it is DPO with `beta / L`. The default is Tulu 3's.
 
     Reference: Tulu 3: Pushing Frontiers in Open Language Model Post-Training, arXiv:2411.15124.
     """
@@ -297,8 +297,9 @@ def contrastive_preference(
 
         S = beta sum_n discount^(n - 1) (log pi_n - log ref_n)        n = 1, 2, ... over the tokens that count
 
-    At `bias=1` the optimal policy is `exp(advantage / beta)`; below, the loss is conservative: it no longer cancels a
-    constant, and so prefers policies under which the data are likely. The bias is on whichever response lost.
+    CPL, the regret one. At `bias=1` the optimal policy is `exp(advantage / beta)`; below, the bias is conservative: the
+    loss no longer cancels a constant, and so prefers policies under which the data are likely. The bias is on whichever
+    response lost.
 
     Args:
       policy_chosen: log-probabilities of actions, or minus squared distances, `[B, T]`.

@@ -75,8 +75,8 @@ def mm_dpo(
 ) -> Array:
     """`l(beta D) + nll_weight nll`, with a `beta` that grows with the gap of the pair's rewards, and is a constant.
 
-    In the paper `beta = beta_0 (1 + w (1 - e^(-k gap)))`. A `beta` that differs by pair moves the optimum away from the
-    tilt. The default is the released script's.
+    In the paper `beta = beta_0 (1 + w (1 - e^(-k gap)))`, its dynamic scaling: `regularizers.margin_scaled_beta`. A
+    `beta` that differs by pair moves the optimum away from the tilt. The default is the released script's.
 
     Reference: MM-RLHF: The Next Step Forward in Multimodal LLM Alignment, arXiv:2502.10391.
     """
@@ -120,7 +120,8 @@ def iterative_rpo(
 ) -> Array:
     """Iterative reasoning preference optimisation, `l(beta D) - alpha log pi(chosen) / len_chosen`.
 
-    `beta` and `alpha` are the paper's; `alpha=0` is DPO.
+    `beta` and `alpha` are the paper's; `alpha=0` is DPO. RPO for medical reasoning (arXiv:2504.18080) is the same loss
+    on explanations that end right and wrong.
 
     Reference: Iterative Reasoning Preference Optimization, arXiv:2404.19733.
     """

@@ -249,8 +249,8 @@ def r_dpo(
 ) -> Array:
     """Length-regularised DPO, `l(beta D + alpha (len_chosen - len_rejected))`: length explains part of the labels.
 
-    With labels of rewards `r` the optimum is `ref exp((r - alpha len) / beta) / Z`. `alpha=0` is DPO and equal lengths
-    are; the paper tries values about its default.
+    R-DPO. With labels of rewards `r` the optimum is `ref exp((r - alpha len) / beta) / Z`. `alpha=0` is DPO and equal
+    lengths are; the paper tries values about its default.
 
     Reference: Disentangling Length from Quality in Direct Preference Optimization, arXiv:2403.19159.
     """
@@ -283,6 +283,8 @@ def hinge(
 ) -> Array:
     """`max(0, 1 - beta D)`: RSO's hinge-norm loss; the paper has `beta=0.05`, TRL the default.
 
+    It is SLiC's hinge on log-ratios; `reference_free.slic` has it on log-probabilities.
+
     Reference: Statistical Rejection Sampling Improves Preference Optimization, arXiv:2309.06657.
     """
     return gpo(policy_chosen, policy_rejected, ref_chosen, ref_rejected, link=hinge_link, beta=beta)
@@ -302,16 +304,16 @@ def ipo(
     """Identity preference optimisation, `(D - 1 / (2 beta))^2`; `beta` is the paper's tau.
 
     With `normalize` `D` is the difference of log-ratios per token, as in TRL, which needs the lengths; without it that
-    of the sums, as in the paper and OpenRLHF, and lengths are refused. There is no default: good values of `beta`
-    differ by the length. `beta=0` gives infinity.
+    of the sums, as in the paper and OpenRLHF, whatever the lengths. There is no default: good values of `beta` differ
+    by the length. `beta=0` gives infinity.
 
     Reference: A General Theoretical Paradigm to Understand Learning from Human Preferences, arXiv:2310.12036.
     """
-    if normalize != (len_chosen is not None) or normalize != (len_rejected is not None):
-        raise ValueError("len_chosen and len_rejected must be given with normalize=True and not otherwise")
-    policies, references = (policy_chosen, policy_rejected), (ref_chosen, ref_rejected)
+    if normalize and (len_chosen is None or len_rejected is None):
+        raise ValueError("len_chosen and len_rejected must be given with normalize=True")
     check_per_example(policy_chosen, beta=beta)
-    h = log_ratios(*policies, *references, len_chosen=len_chosen, len_rejected=len_rejected)
+    lengths = {"len_chosen": len_chosen, "len_rejected": len_rejected} if normalize else {}
+    h = log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected, **lengths)
     return pairwise(*h, beta=1.0, link=squared_link(jnp.divide(0.5, beta)))
 
 

@@ -170,7 +170,8 @@ def wpo_weight(logp: Array, log_collision: Array, mask: Array) -> Array:
 def margin_scaled_beta(reward_gap: Array, *, beta: float | Array, w: float | Array, k: float | Array) -> Array:
     """`beta (1 + w (1 - e^{-k gap}))` of each pair: from `beta` at no gap up to `beta (1 + w)` for clear pairs.
 
-    Different temperatures move the population optimum away from the tilt. Pass it as `beta` of a pair loss.
+    MM-RLHF's dynamic beta, which `pair_terms.mm_dpo` takes. Different temperatures move the population optimum away
+    from the tilt.
 
     Args:
       reward_gap: reward of the chosen response minus that of the rejected one, `[B]`, a constant; below 0 counts as 0.

@@ -265,8 +265,9 @@ def trpa(
 def extrapolate_log_policy(new: Array, previous: Array, *, momentum: float | Array = 0.3) -> Array:
     """`log softmax((1 + momentum) new - momentum previous)`, `[..., V]`: the policy, overshot along its last step.
 
-    In an iteration of preference steps it becomes the next reference and samples the next pairs. Nothing is stopped.
-    A token that `new` forbids (`-inf`) stays forbidden; `previous` must allow all that `new` does.
+    In an iteration of preference steps, accelerated so by momentum, it becomes the next reference and samples the next
+    pairs. Nothing is stopped. A token that `new` forbids (`-inf`) stays forbidden; `previous` must allow all that `new`
+    does.
 
     Args:
       new: logits or log-probabilities after a step.

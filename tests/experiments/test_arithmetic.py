@@ -15,7 +15,7 @@ import pytest
 
 from esscher.core import checkpoints, meshes, reporting, sequences, sweeps
 from esscher.core.errors import UsageError
-from esscher.experiments import arithmetic, cli, language, policies, runs, solving
+from esscher.experiments import arithmetic, cli, language, policies, runs, setups, solving, supervised
 from esscher.models import adapters, decoder, hf
 from esscher.samplers import decoding
 
@@ -47,7 +47,7 @@ def pretrained(config, tmp_path):
     content = json.loads((model / "config.json").read_text()) | {"eos_token_id": language.END}
     (model / "config.json").write_text(json.dumps(content))
     data.write_text("".join(json.dumps(x._asdict()) + "\n" for x in language.arithmetic(1, "+", 10, 99, 0).test))
-    hyper = runs.Hyper(lr=(1e-2,))
+    hyper = arithmetic.Hyper(lr=(1e-2,))
     return dataclasses.replace(config, model=str(model), data=data, hyper=hyper, steps=20)
 
 
@@ -60,9 +60,9 @@ def losses(config, name="loss"):
 
 
 def program_of(config):
-    mesh = meshes.make(**meshes.parse(config.mesh))
-    setup = arithmetic.prepare(config, mesh)
-    return setup, arithmetic.fine_tuning(config, setup, mesh, sweeps.grid(config.hyper))
+    config, mesh = arithmetic.settled(config), meshes.make(**meshes.parse(config.mesh))
+    setup = setups.prepare(config, mesh)
+    return setup, supervised.fine_tuning(config, setup, mesh, sweeps.grid(config.hyper))
 
 
 def saved_state(config):
@@ -85,7 +85,7 @@ def train_only(config, **changes):
     """Trains without generating, whose compilations would dominate the test."""
     config = dataclasses.replace(config, **changes)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arithmetic, "_evaluate", lambda *_: None)
+        patch.setattr(supervised, "_evaluate", lambda *_: None)
         patch.setattr(policies, "generator", silent)
         arithmetic.main(config)
     return config
@@ -128,9 +128,7 @@ def test_a_whole_run_writes_everything_it_promises(config, capsys, monkeypatch):
     architecture, params = hf.load(run / "model", mesh=mesh)
     tokenizer, stop = language.open_tokenizer(run / "model")
     kept = setup._replace(tokenizer=tokenizer, stop=stop, policy=policies.full(architecture, params))
-    options = {"key": jax.random.key(config.seed + 1), "samples": config.samples}
-    task = kept.task.test, kept.test
-    again = solve(*task, kept.tokenizer, kept.policy, kept.stop, params, mesh, **options)
+    again = solve(kept, params, mesh, key=jax.random.key(config.seed + 1), samples=config.samples)
     assert again == solved[0]
     assert len(set(again.greedy)) > 1
 
@@ -174,15 +172,15 @@ def test_eight_devices_give_the_loss_curve_of_one(short):
 
 def test_members_of_a_sweep_over_devices_have_the_loss_curves_of_single_runs(short):
     rates = (1e-3, 4e-3)
-    swept = train_only(short, mesh="sweep=2,data=4", name="sweep", hyper=runs.Hyper(lr=rates))
+    swept = train_only(short, mesh="sweep=2,data=4", name="sweep", hyper=arithmetic.Hyper(lr=rates))
     for index, rate in enumerate(rates):
-        alone = train_only(short, name=f"lr={rate}", hyper=runs.Hyper(lr=(rate,)))
+        alone = train_only(short, name=f"lr={rate}", hyper=arithmetic.Hyper(lr=(rate,)))
         np.testing.assert_allclose(losses(swept)[:, index], losses(alone), rtol=1e-4)
     assert abs(losses(swept)[-1, 0] / losses(swept)[-1, 1] - 1) > 1e-3
 
 
 def test_a_sweep_is_saved_and_solved_at_its_best_member(config):
-    swept = train_and_save(config, hyper=runs.Hyper(lr=(4e-3, 1e-9)), steps=20)
+    swept = train_and_save(config, hyper=arithmetic.Hyper(lr=(4e-3, 1e-9)), steps=20)
     expected = jax.tree.map(lambda leaf: leaf[0], saved_state(swept).state.ema)
     jax.tree.map(np.testing.assert_array_equal, hf.load(folder(swept) / "model")[1], expected)
 
@@ -200,7 +198,7 @@ def test_packed_sequences_have_the_loss_that_each_has_alone_in_its_row():
 
     @jax.jit
     def logps(batch):
-        return policies.completion_logps(policy, params, batch)
+        return policies.completions(policy, params, batch)[:2]
 
     def of_examples(batch):
         """Sum for each example, by its tokens."""
@@ -246,11 +244,11 @@ def test_all_of_a_model_is_fine_tuned_and_saved(pretrained):
 
 
 def test_an_adapter_is_all_that_is_trained_and_is_merged_into_what_is_saved(pretrained, monkeypatch):
-    setups, prepare = [], arithmetic.prepare
-    monkeypatch.setattr(arithmetic, "prepare", lambda *args: setups.append(prepare(*args)) or setups[-1])
+    made, prepare = [], setups.prepare
+    monkeypatch.setattr(setups, "prepare", lambda *args: made.append(prepare(*args)) or made[-1])
     config = train_and_save(pretrained, lora=2, mesh="data=2,fsdp=2,tensor=2")
     _, base = hf.load(config.model, dtype="float32")
-    policy = setups[0].policy
+    policy = made[0].policy
     jax.tree.map(np.testing.assert_array_equal, policy.constants[0], base)
     state = saved_state(config).state
     paths = {jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(state.params)}
@@ -312,6 +310,8 @@ def test_it_trains_in_bfloat16_without_an_average(pretrained, lora):
         ({"seed": -1}, "--seed must be at least 0, got -1"),
         ({"samples": 0}, "--samples must be at least 1, got 0"),
         ({"name": "../up"}, "the run's name '../up' must be made of"),
+        ({"flip": 0.1}, "--flip belongs to --stage dpo"),
+        ({"hyper": arithmetic.Hyper(keep=(0.5,))}, "--hyper.keep belongs to --stage dpo"),
     ],
 )
 def test_what_a_user_got_wrong_is_one_line_before_anything_is_made(config, changes, message):

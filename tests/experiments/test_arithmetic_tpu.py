@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from esscher.core import meshes, sweeps, tokens
 from esscher.core.sequences import Tokens
-from esscher.experiments import arithmetic, policies
+from esscher.experiments import arithmetic, policies, setups, supervised
 from esscher.models import decoder
 
 pytest.importorskip("libtpu", reason="compiling for TPU needs libtpu: pip install 'esscher[tpu]' (Linux, x86-64)")
@@ -43,15 +43,17 @@ def gathered(text):
 
 @pytest.mark.parametrize("lora", [0, 8])
 def test_fine_tuning_and_generation_compile_for_a_slice_and_split_model_and_batch(mesh, lora):
-    config = dataclasses.replace(arithmetic.Config(), dtype="bfloat16", length=LENGTH, batch_size=ROWS, remat=True)
+    config = dataclasses.replace(
+        arithmetic.settled(arithmetic.Config()), dtype="bfloat16", length=LENGTH, batch_size=ROWS, remat=True
+    )
     if lora:
         policy = policies.adapted(MODERATE, sharded_parameters(mesh, jnp.bfloat16), lora, 16.0)
     else:
         policy = policies.full(MODERATE, sharded_parameters(mesh, jnp.float32))
     examples = [Tokens([2] * 20, [3] * 11 + [1])] * ROWS
     sweep = sweeps.grid(config.hyper)
-    setup = arithmetic.Setup(None, None, stop=(1,), policy=policy, origin=None, train=examples, test=examples)
-    program = arithmetic.fine_tuning(config, setup, mesh, sweep)
+    setup = setups.Setup(None, None, stop=(1,), policy=policy, origin=None, train=examples, test=examples)
+    program = supervised.fine_tuning(config, setup, mesh, sweep)
     key = abstract(mesh, PartitionSpec(), (), jax.random.key(0).dtype)
     values = {name: abstract(mesh, PartitionSpec(), ()) for name in sweep.values}
     packed = {"tokens": jnp.int32, "segments": jnp.int32, "completion": bool}

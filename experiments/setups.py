@@ -1,0 +1,103 @@
+"""What a stage of a language model's training starts from: task, tokenizer and model, as the flags ask for them."""
+
+import pathlib
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from esscher.core import reporting, sequences
+from esscher.core.errors import UsageError
+from esscher.experiments import language, policies, runs
+from esscher.models import decoder, hf, hf_files
+
+__all__ = ["Setup", "open_run", "prepare"]
+
+MAY_CHANGE = (*runs.MAY_CHANGE, "samples")
+
+
+class Setup(NamedTuple):
+    """What a stage starts from."""
+
+    task: language.Task
+    tokenizer: Any
+    stop: tuple[int, ...]
+    policy: policies.Policy
+    origin: pathlib.Path | None  # folder of the pretrained model
+    train: list[sequences.Tokens]
+    test: list[sequences.Tokens]
+    rejected: tuple[list[sequences.Tokens], list[sequences.Tokens]] | None = None  # beside train and test, from a file
+
+
+def prepare(config: Any, mesh: Mesh) -> Setup:
+    """Problems, tokenizer and model of a configuration of `arithmetic`.
+
+    Raises:
+      UsageError: flags that do not go together, or files that are not as they should be.
+    """
+    if config.model is None and (config.data is not None or config.lora):
+        flag = "--data" if config.data else "--lora"
+        raise UsageError(f"{flag} needs --model, the folder or the name on the hub of a pretrained one")
+    if config.data is None:
+        task = language.arithmetic(config.digits, config.operations, config.base, config.problems, config.seed)
+    else:
+        kind = language.Pair if config.stage == "dpo" else sequences.Example
+        task = language.from_file(config.data, config.problems, config.seed, kind)
+    folder = None
+    if config.model is None:
+        tokenizer, stop = language.tokenizer_of(config.operations, config.base), (language.END,)
+        policy = policies.new(_architecture(config, tokenizer.get_vocab_size()))
+    else:
+        folder = hf_files.find_folder(config.model, None)
+        tokenizer, stop = language.open_tokenizer(folder)
+        policy = _pretrained(config, folder, mesh)
+
+    def encode(part: list[Any], completion: int) -> list[sequences.Tokens]:
+        examples = [sequences.Example(fields[0], fields[completion]) for fields in part]
+        encoded = language.encode(tokenizer, stop[0], examples)
+        for example, ids in zip(examples, encoded, strict=True):
+            _check_fit(config, policy, example, [*ids.prompt, *ids.completion])
+        return encoded
+
+    train, test = (encode(part, 1) for part in task)
+    of_pairs = config.data is not None and config.stage == "dpo"
+    rejected = (encode(task.train, 2), encode(task.test, 2)) if of_pairs else None
+    return Setup(task, tokenizer, stop, policy, folder, train, test, rejected)
+
+
+def _pretrained(config: Any, folder: pathlib.Path, mesh: Mesh) -> policies.Policy:
+    # What is trained is kept in float32: in bfloat16 small updates, and all of the average's, would round to none.
+    architecture, params = hf.load(folder, dtype=config.dtype if config.lora else "float32", mesh=mesh)
+    if config.lora:
+        return policies.adapted(architecture, params, config.lora, config.alpha)
+    return policies.full(architecture, params)
+
+
+def open_run(config: Any) -> pathlib.Path:
+    """The folder of a run of `arithmetic`, see `reporting.open_run`."""
+    return reporting.open_run(
+        config, experiment="arithmetic", name=config.name, root=config.runs, may_change=MAY_CHANGE
+    )
+
+
+def _check_fit(config: Any, policy: policies.Policy, example: sequences.Example, ids: list[int]) -> None:
+    where = f"the example that begins {example.prompt[:40]!r}"
+    if len(ids) > config.length:
+        raise UsageError(f"{where} has {len(ids)} tokens, a row has {config.length}: raise --length or shorten it")
+    if max(ids) >= policy.config.vocabulary:
+        raise UsageError(f"{where} has the token {max(ids)}, the model {policy.config.vocabulary}: mind the tokenizer")
+
+
+def _architecture(config: Any, vocabulary: int) -> decoder.Config:
+    heads, rest = divmod(config.width, 32)
+    if rest:
+        raise UsageError(f"--width must be a multiple of 32, got {config.width}")
+    return decoder.Config(
+        vocabulary=vocabulary,
+        width=config.width,
+        depth=config.depth,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=32,
+        mlp=4 * config.width,
+        tied=True,
+    )
