@@ -17,7 +17,7 @@ lint: .venv/test.stamp  ## Check style; `ruff format .` and `ruff check --fix .`
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: .venv/test.stamp  ## Measure against peers, in one run each; installs torch and diffusers.
+bench: .venv/test.stamp  ## Measure against peers, in one run each; installs torch, diffusers, transformers and trl.
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[experiments,dev,peers]'
 	for script in benchmarks/[!_]*.py; do $(BIN)/python $$script || exit 1; done
 

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from esscher.core import meshes, sweeps, tokens
 from esscher.core.sequences import Tokens
-from esscher.experiments import arithmetic, policies, setups, supervised
+from esscher.experiments import arithmetic, named_objective, policies, preference, setups, supervised
 from esscher.models import decoder
 
 pytest.importorskip("libtpu", reason="compiling for TPU needs libtpu: pip install 'esscher[tpu]' (Linux, x86-64)")
@@ -76,6 +76,28 @@ def test_fine_tuning_and_generation_compile_for_a_slice_and_split_model_and_batc
     judged = {"packed": batch, "prompt": pair(20), "answer": pair(12)}
     validate = program.validate.lower(program.state.ema, key, judged, values, *policy.constants).compile()
     assert " while(" in validate.as_text()
+
+
+def test_learning_from_pairs_compiles_for_a_slice_with_adapters_in_a_sweep():
+    mesh = meshes.make(sweep=2, data=2, fsdp=1, tensor=2, devices=meshes.topology("v5e:2x4"))
+    config = dataclasses.replace(
+        arithmetic.settled(arithmetic.Config(stage="dpo")), dtype="bfloat16", batch_size=ROWS, remat=True
+    )
+    policy = policies.adapted(MODERATE, sharded_parameters(mesh, jnp.bfloat16), 8, 16.0)
+    setup = setups.Setup(None, None, (1,), policy, None, [], [Tokens([2] * 20, [3] * 11 + [1])] * ROWS)
+    objective, sweep = named_objective.resolve("kto", ["beta=0.1"]), sweeps.grid(config.hyper)
+    values = {name: abstract(mesh, PartitionSpec("sweep"), (2,)) for name in [*sweep.values, "objective.beta"]}
+    program = preference.learning(config, setup, objective, mesh, sweep._replace(values=values))
+    shape = (ROWS, 3, LENGTH)
+    dtypes = {"tokens": jnp.int32, "segments": jnp.int32, "completion": bool, "ref": jnp.float32}
+    batch = {name: abstract(mesh, meshes.BATCH, shape, dtype) for name, dtype in dtypes.items()}
+    batch["rank"] = abstract(mesh, meshes.BATCH, (ROWS,))
+    key = abstract(mesh, PartitionSpec(), (), jax.random.key(0).dtype)
+    step = program.step.lower(program.state, key, batch, values, *policy.constants).compile()
+    part = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(program.state))
+    assert step.memory_analysis().alias_size_in_bytes > 0.9 * part
+    logits = ROWS * 3 * LENGTH * MODERATE.vocabulary * 4 / 4  # of a member, on each of its four devices
+    assert step.memory_analysis().temp_size_in_bytes < logits
 
 
 def test_log_probabilities_gather_no_unembedding_that_is_split_over_the_vocabulary(mesh):
