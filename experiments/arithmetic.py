@@ -51,8 +51,8 @@ class Config(runs.Settings):
     base: int = 10
     """Base of the numbers."""
     data: pathlib.Path | None = None
-    """A jsonl file in place of arithmetic, each line {"prompt": "...", "completion": "..."}, or for dpo {"prompt":
-    "...", "chosen": "...", "rejected": "..."}; needs --model."""
+    """A jsonl file in place of arithmetic, whose lines are objects with prompt and completion, for dpo with prompt,
+    chosen and rejected, all of them text; needs --model."""
     model: str | None = None
     """A folder with a Hugging Face model and its tokenizer, or a name on the hub; a new small model by default."""
     lora: int = 0

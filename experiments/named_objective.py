@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -46,7 +47,7 @@ def resolve(path: str, options: Sequence[str] = ()) -> Objective:
       options: `name=value` each; numbers, several with commas between them, or true, false, or a word.
 
     Raises:
-      UsageError: no such function, arguments that nobody gives, or options that it does not have.
+      UsageError: no such function, arguments that nobody gives, options that it does not have or does not take.
     """
     function = _find(path)
     try:
@@ -60,14 +61,29 @@ def resolve(path: str, options: Sequence[str] = ()) -> Objective:
     asked = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
     if missing := [name for name in asked if name not in PROVIDED and name not in given]:
         raise UsageError(
-            f"--objective {path} needs {', '.join(missing)}: give numbers by --options {missing[0]}=...; "
+            f"--objective {path} needs {', '.join(missing)}: give a number or a word by --options {missing[0]}=...; "
             f"what is known of a pair is {', '.join(PROVIDED)}"
         )
     arguments = tuple(name for name in parameters if name in PROVIDED)
     if not arguments:
         raise UsageError(f"--objective {path} asks for nothing known of a pair, which is {', '.join(PROVIDED)}")
+    for name, value in given.items():
+        if isinstance(parameters[name].default, float) and not isinstance(value, tuple):
+            raise UsageError(f"--options: {name} of {path} must be a number, got {value!r}")
     fixed = {name: value for name, value in given.items() if not isinstance(value, tuple)}
-    return Objective(function, arguments, fixed, {name: v for name, v in given.items() if name not in fixed})
+    objective = Objective(function, arguments, fixed, {name: v for name, v in given.items() if name not in fixed})
+    _try(path, objective)
+    return objective
+
+
+def _try(path: str, objective: Objective) -> None:
+    """Traces the loss on pairs of no content, so that what it objects to is said before anything is made."""
+    logps, mask = jnp.zeros((2, 3, 4)), jnp.ones((2, 3, 4), bool)
+    options = {name: jnp.zeros(()) for name in objective.swept}
+    try:
+        jax.eval_shape(lambda *arrays: apply(objective, *arrays, options), logps, logps, mask)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--objective {path}: {str(error).splitlines()[0]}") from error
 
 
 def _find(path: str) -> Callable[..., Array]:

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from esscher.core import data, figures, reporting, sequences, sweeps
+from esscher.core import data, reporting, sequences, sweeps
 from esscher.core.errors import UsageError
 from esscher.experiments import named_objective, policies, preference_pairs, runs, setups, solving
 from esscher.experiments.named_objective import Objective
@@ -44,6 +44,8 @@ def learning(config: Any, setup: Setup, objective: Objective, mesh: Mesh, sweep:
             "margin": jnp.mean(gained[:, 0] - gained[:, 1]),
             "chosen_logp": logp[:, 0].mean(),
             "rejected_logp": logp[:, 1].mean(),
+            "chosen_gain": gained[:, 0].mean(),
+            "rejected_gain": gained[:, 1].mean(),
         }
         return named_objective.apply(objective, logps, batch["ref"], mask, options), metrics
 
@@ -126,9 +128,7 @@ def _evaluate(
     trainable = runs.member(trained.state, sweep, best)
     policies.save(folder / "model", setup.policy, trainable, setup.tokenizer, setup.stop, setup.origin)
     sections = {
-        "Preferences": "\n\n".join(
-            [_summary(config, pairs), _table(sweep, trained, pairs), *_pictures(folder, sweep, pairs)]
-        )
+        "Preferences": "\n\n".join([_summary(config, pairs), _table(sweep, trained, pairs), *_pictures(folder, sweep)])
     }
     if setup.rejected is None:
         options = {"key": jax.random.key(config.seed + 1), "samples": config.samples}
@@ -166,21 +166,18 @@ def _table(sweep: sweeps.Sweep, trained: runs.Trained, pairs: Pairs) -> str:
     return reporting.table(header, rows)
 
 
-def _pictures(folder: pathlib.Path, sweep: sweeps.Sweep, pairs: Pairs) -> list[str]:
-    curves = runs.curves(
+def _pictures(folder: pathlib.Path, sweep: sweeps.Sweep) -> list[str]:
+    learned = runs.curves(
         folder,
         sweep,
         ("loss", "accuracy", "margin"),
         "Loss, share of pairs ranked rightly, and margin, on pairs as they are learned from",
     )
-    metrics, labels = reporting.read_metrics(folder), sweep.labels if sweep.swept else ("this run",)
-    panels = []
-    for name, before in zip(("chosen", "rejected"), _before(pairs.train), strict=True):
-        steps, values = metrics[f"{name}_logp"]
-        columns = values.reshape(len(steps), -1).T
-        series = {label: (steps, column) for label, column in zip(labels, columns, strict=True)}
-        panel = figures.Panel(series, "training step", f"log-probability, {name}", references={"reference": before})
-        panels.append(panel)
-    path = figures.lines(folder / "figures" / "displacement.png", *panels)
-    caption = "Log-probability of chosen and of rejected responses; where that of chosen ones falls, it is displaced"
-    return [curves, reporting.picture(path, folder, caption)]
+    displaced = runs.curves(
+        folder,
+        sweep,
+        ("chosen_gain", "rejected_gain"),
+        "What the log-probability of chosen and of rejected responses has gained; below 0 chosen ones are displaced",
+        file="displacement.png",
+    )
+    return [learned, displaced]

@@ -312,7 +312,9 @@ def _raise_if_diverged(outcome: training.Outcome, source: Any, folder: pathlib.P
     )
 
 
-def curves(folder: pathlib.Path, sweep: sweeps.Sweep, names: Sequence[str], caption: str) -> str:
+def curves(
+    folder: pathlib.Path, sweep: sweeps.Sweep, names: Sequence[str], caption: str, file: str = "training.png"
+) -> str:
     """A figure with a panel for each metric and a line for each member, and the text that shows it in the report."""
     metrics, panels = reporting.read_metrics(folder), []
     for name in names:
@@ -321,5 +323,5 @@ def curves(folder: pathlib.Path, sweep: sweeps.Sweep, names: Sequence[str], capt
         labels = sweep.labels if sweep.swept else ("this run",)
         series = {label: (steps, column) for label, column in zip(labels, columns, strict=True)}
         panels.append(figures.Panel(series, "training step", name.replace("_", " "), log_y="loss" in name))
-    path = figures.lines(folder / "figures" / "training.png", *panels)
+    path = figures.lines(folder / "figures" / file, *panels)
     return reporting.picture(path, folder, caption)

@@ -85,9 +85,10 @@ def test_learning_from_pairs_compiles_for_a_slice_with_adapters_in_a_sweep():
     )
     policy = policies.adapted(MODERATE, sharded_parameters(mesh, jnp.bfloat16), 8, 16.0)
     setup = setups.Setup(None, None, (1,), policy, None, [], [Tokens([2] * 20, [3] * 11 + [1])] * ROWS)
-    objective, sweep = named_objective.resolve("kto", ["beta=0.1"]), sweeps.grid(config.hyper)
-    values = {name: abstract(mesh, PartitionSpec("sweep"), (2,)) for name in [*sweep.values, "objective.beta"]}
-    program = preference.learning(config, setup, objective, mesh, sweep._replace(values=values))
+    objective = named_objective.resolve("kto", ["beta=0.1"])
+    sweep = sweeps.grid(vars(config.hyper) | {"objective.beta": (0.1,)})
+    values = {name: abstract(mesh, PartitionSpec("sweep"), (2,)) for name in sweep.values}
+    program = preference.learning(config, setup, objective, mesh, sweep)
     shape = (ROWS, 3, LENGTH)
     dtypes = {"tokens": jnp.int32, "segments": jnp.int32, "completion": bool, "ref": jnp.float32}
     batch = {name: abstract(mesh, meshes.BATCH, shape, dtype) for name, dtype in dtypes.items()}

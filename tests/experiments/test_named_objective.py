@@ -123,9 +123,16 @@ def test_several_numbers_are_swept_and_words_are_not():
         ("dpo", ("gamma=1",), "dpo has no option 'gamma'; it has beta"),
         ("dpo", ("beta",), "--options must look like beta=0.1 or beta=0.05,0.1, got 'beta'"),
         ("dpo", ("policy_chosen=1",), "dpo has no option 'policy_chosen'"),
-        ("odpo", (), "--objective odpo needs margin: give numbers by --options margin=...; what is known of a pair is"),
+        (
+            "odpo",
+            (),
+            "--objective odpo needs margin: give a number or a word by --options margin=...; what is known",
+        ),
         ("logistic_link", (), "needs z"),
         ("math.pi", (), "math has no function 'pi'"),
+        ("f_dpo", ("kind=nope",), "--objective f_dpo: kind must be reverse_kl, forward_kl, js, alpha or chi2_kl"),
+        ("dpo", ("beta=true",), "--options: beta of dpo must be a number, got True"),
+        ("dpo", ("beta=0.1,x",), "--options: beta of dpo must be a number, got '0.1,x'"),
     ],
 )
 def test_what_a_user_got_wrong_is_one_line(path, options, message):
@@ -138,5 +145,5 @@ def test_what_a_user_got_wrong_is_one_line(path, options, message):
 def test_a_loss_that_is_not_one_for_each_pair_is_refused(tmp_path, monkeypatch):
     (tmp_path / "total_alone.py").write_text("def total(policy_chosen):\n    return policy_chosen.sum()\n")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=r"total gave \(\) for 5 pairs; it must give one loss each"):
-        apply("total_alone.total")
+    with pytest.raises(UsageError, match=r"total gave \(\) for 2 pairs; it must give one loss each"):
+        named_objective.resolve("total_alone.total")
