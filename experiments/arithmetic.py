@@ -5,8 +5,9 @@ problems that it has not seen: greedily, and with many samples each (pass@k, maj
 the same script fine-tunes a Hugging Face model, whole or by --lora RANK, on a laptop or on a pod.
 
 --stage dpo goes on from such a model (--model runs/arithmetic/NAME/model) with pairs of its own answers, one right and
-one wrong, or with the pairs in a file, by DPO or any other --objective. Several values for a --hyper flag or for one of
-the --options span a grid that trains as one program. The same command resumes a run that was stopped.
+one wrong, or with the pairs in a file, by DPO or any other --objective. --stage rl goes on by sampling answers, having
+them verified, and learning from the rewards, by GRPO or any other. Several values for a --hyper flag or for one of the
+--options span a grid that trains as one program. The same command resumes a run that was stopped.
 """
 
 import dataclasses
@@ -14,12 +15,17 @@ import pathlib
 from typing import Literal
 
 from esscher.core.errors import UsageError
-from esscher.experiments import cli, preference, runs, supervised
+from esscher.experiments import cli, preference, reinforcement, runs, supervised
 
 __all__ = ["Config", "Hyper", "main", "settled"]
 
-STAGES = {"sft": supervised.run, "dpo": preference.run}
-RATES, STEPS = {"sft": 2e-3, "dpo": 2e-5}, {"sft": 1000, "dpo": 200}
+STAGES = {"sft": supervised.run, "dpo": preference.run, "rl": reinforcement.run}
+RATES, STEPS = {"sft": 2e-3, "dpo": 2e-5, "rl": 2e-4}, {"sft": 1000, "dpo": 200, "rl": 400}
+OBJECTIVES = {"sft": None, "dpo": "dpo", "rl": "grpo"}
+RL = ("advantage", "advantage_options", "reduce", "verifier", "group", "epochs", "hint", "tokens", "reference")
+POSITIVE = ("width", "depth", "length", "problems", "samples", "prompts", "group", "epochs", "tokens")
+BELONGS = dict.fromkeys(("prompts", "judge", "flip"), ("dpo",)) | dict.fromkeys(RL, ("rl",))
+BELONGS |= dict.fromkeys(("objective", "options"), ("dpo", "rl"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +33,7 @@ class Hyper(runs.Hyper):
     """Float hyperparameters. Each takes one value, or several, which span a grid trained as one vmapped program."""
 
     lr: tuple[float, ...] = ()
-    """Peak learning rate of AdamW, after 5% of the steps, then a cosine to zero; by default 2e-3, with dpo 2e-5."""
+    """Peak learning rate of AdamW, after 5% of the steps, then a cosine to zero; by default 2e-3; dpo 2e-5, rl 2e-4."""
     keep: tuple[float, ...] = (1.0, 0.5)
     """Shares of the pairs that dpo learns from, those first whose responses the model holds apart best (CHES)."""
 
@@ -36,12 +42,12 @@ class Hyper(runs.Hyper):
 class Config(runs.Settings):
     """Settings of the arithmetic experiment."""
 
-    stage: Literal["sft", "dpo"] = "sft"
-    """Supervised fine-tuning, or learning from pairs, one of them better."""
+    stage: Literal["sft", "dpo", "rl"] = "sft"
+    """Supervised fine-tuning, or learning from pairs, one of them better, or from rewards of sampled answers."""
     steps: int | None = None
-    """Training steps; by default 1000, with dpo 200."""
+    """Training steps; by default 1000; dpo 200, rl 400."""
     batch_size: int = 16
-    """Rows of packed sequences, or pairs, per step, over all devices."""
+    """Rows of packed sequences, or pairs, or problems, per step, over all devices."""
     save_every: int = 200
     """Steps between checkpoints, a multiple of 20."""
     digits: int = 2
@@ -52,7 +58,7 @@ class Config(runs.Settings):
     """Base of the numbers."""
     data: pathlib.Path | None = None
     """A jsonl file in place of arithmetic, whose lines are objects with prompt and completion, for dpo with prompt,
-    chosen and rejected, all of them text; needs --model."""
+    chosen and rejected, for rl with prompt and answer, all of them text; needs --model."""
     model: str | None = None
     """A folder with a Hugging Face model and its tokenizer, or a name on the hub; a new small model by default."""
     lora: int = 0
@@ -75,9 +81,10 @@ class Config(runs.Settings):
     """Problems held out, which judge the model."""
     samples: int = 16
     """Samples of each of them for pass@k and maj@k; dpo finds its pairs among as many."""
-    objective: str = "dpo"
-    """Loss of dpo: a function of esscher.objectives.preference, or the dotted path of another, e.g. mine.my_loss. Its
-    arguments are filled in by their names; a wrong path prints those that there are."""
+    objective: str | None = None
+    """Loss of dpo and rl, by default dpo and grpo: a function of esscher.objectives.preference or .policy, or the
+    dotted path of another, e.g. mine.my_loss. Its arguments are filled in by their names; one that is not known is
+    answered with those that are."""
     options: tuple[str, ...] = ()
     """Further arguments of the objective, e.g. beta=0.05,0.1 normalize=true; several numbers make a grid."""
     prompts: int = 4096
@@ -86,6 +93,25 @@ class Config(runs.Settings):
     """Which right and which wrong answer make a pair: any, or those with the largest gap in the model's confidence."""
     flip: float = 0.0
     """Probability with which chosen and rejected are exchanged, to see what noisy labels do."""
+    group: int = 8
+    """Answers that rl samples to each problem of a step."""
+    epochs: int = 1
+    """Updates that rl makes on the answers of a step."""
+    tokens: int | None = None
+    """Tokens of an answer of rl, at most; by default as many as the longest right one has."""
+    verifier: str = "exact"
+    """What an answer is worth: exact or last_number, or the dotted path of a function (answer, wanted) -> reward."""
+    advantage: str = "group_advantage"
+    """What rl compares a reward with, if the objective asks for advantages: a function of
+    esscher.objectives.advantages, or the dotted path of another, of rewards [P, G]."""
+    advantage_options: tuple[str, ...] = ()
+    """Its further arguments, e.g. center=loo scale=none."""
+    reduce: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant"] = "token-mean"
+    """How losses of tokens become a number, if the objective leaves that open."""
+    reference: bool = False
+    """Give the objective the reference's log-probabilities too; costs another forward pass."""
+    hint: int = 0
+    """Tokens of the right answer that are given away to problems of a step which no answer has solved."""
     hyper: Hyper = dataclasses.field(default_factory=Hyper)
 
 
@@ -95,10 +121,16 @@ def settled(config: Config) -> Config:
     Raises:
       UsageError: they do not.
     """
-    for name in ("keep", "objective", "options", "prompts", "judge", "flip"):
-        part, default = (config.hyper, Hyper()) if name == "keep" else (config, Config())
-        if config.stage == "sft" and getattr(part, name) != getattr(default, name):
-            raise UsageError(f"--{'hyper.' * (name == 'keep')}{name} belongs to --stage dpo")
+    for name, stages in BELONGS.items():
+        if config.stage not in stages and getattr(config, name) != getattr(Config(), name):
+            raise UsageError(f"--{name.replace('_', '-')} belongs to --stage {' or '.join(stages)}")
+    if config.stage != "dpo" and config.hyper.keep != Hyper().keep:
+        raise UsageError("--hyper.keep belongs to --stage dpo")
+    if config.stage != "sft" and config.model is None:
+        raise UsageError(
+            f"--stage {config.stage} needs --model, e.g. runs/arithmetic/default/model once the command without "
+            "--stage has made it"
+        )
     if config.lora < 0:
         raise UsageError(f"--lora must be at least 0, got {config.lora}")
     if not 0 <= config.flip <= 1:
@@ -108,13 +140,13 @@ def settled(config: Config) -> Config:
     keep = config.hyper.keep if config.stage == "dpo" else (1.0,)
     hyper = dataclasses.replace(config.hyper, lr=config.hyper.lr or (RATES[config.stage],), keep=keep)
     steps = STEPS[config.stage] if config.steps is None else config.steps
-    return dataclasses.replace(config, hyper=hyper, steps=steps)
+    return dataclasses.replace(config, hyper=hyper, steps=steps, objective=config.objective or OBJECTIVES[config.stage])
 
 
 def main(config: Config) -> None:
     """Trains or resumes, then evaluates and writes the report."""
     config = settled(config)
-    mesh = runs.start(config, positive=("width", "depth", "length", "problems", "samples", "prompts"))
+    mesh = runs.start(config, positive=POSITIVE)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.problems % shards:
         raise UsageError(f"--problems {config.problems} does not split over {shards} devices: take a multiple")

@@ -16,6 +16,7 @@ from esscher.models import hf_files
 __all__ = [
     "OPERATIONS",
     "Pair",
+    "Problem",
     "Task",
     "arithmetic",
     "decode",
@@ -37,6 +38,13 @@ class Pair(NamedTuple):
     prompt: str
     chosen: str
     rejected: str
+
+
+class Problem(NamedTuple):
+    """A prompt, and what a verifier is to know of the answer."""
+
+    prompt: str
+    answer: str
 
 
 class Task(NamedTuple):

@@ -73,7 +73,13 @@ class Completions(NamedTuple):
 
 
 def completions(
-    policy: Policy, trainable: Any, batch: dict[str, Array], *constants: Any, dtype: Any = None, remat: bool = False
+    policy: Policy,
+    trainable: Any,
+    batch: dict[str, Array],
+    *constants: Any,
+    first: int = 0,
+    dtype: Any = None,
+    remat: bool = False,
 ) -> Completions:
     """Runs a model over a batch.
 
@@ -82,6 +88,7 @@ def completions(
       trainable: its parameters.
       batch: `tokens`, `segments` and `completion` as of `sequences.pack`, `[B, T]` each.
       *constants: the policy's.
+      first: place to begin with, where no completion begins earlier; results have `T - first` places.
       dtype: of the arithmetic; that of the parameters if absent.
       remat: as in `decoder.hidden`.
     """
@@ -92,8 +99,8 @@ def completions(
     states = decoder.hidden(
         params, policy.config, batch["tokens"], segments=segments, remat=remat, layer_weights=layer_weights
     )
-    following = lambda x: jnp.roll(x, -1, axis=1)  # noqa: E731
-    mask = following(batch["completion"]).at[:, -1].set(False)
+    following = lambda x: jnp.roll(x, -1, axis=1)[:, first:]  # noqa: E731
+    states, mask = states[:, first:], following(batch["completion"]).at[:, -1].set(False)
     unembedding, cap = decoder.unembedding(params), policy.config.final_softcap
     return Completions(
         tokens.linear_token_logps(states, unembedding, following(batch["tokens"]), softcap=cap), mask, states

@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,32 +12,92 @@ from jax import Array
 from jax.sharding import Mesh
 
 from esscher.core import data, reporting, sequences, sweeps
-from esscher.core.errors import UsageError
-from esscher.experiments import named_objective, policies, preference_pairs, runs, setups, solving
-from esscher.experiments.named_objective import Objective
+from esscher.experiments import named, policies, preference_pairs, runs, setups, solving
+from esscher.experiments.named import Named
 from esscher.experiments.preference_pairs import Pairs
 from esscher.experiments.setups import Setup
+from esscher.objectives import preference
 from esscher.samplers import decoding
 
-__all__ = ["learning", "run"]
+__all__ = ["learning", "losses", "resolve", "run"]
 
-OPTION = "objective."  # in front of the names of an objective's options, among those of the optimiser
+PAIRED = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")
+MASKS = ("chosen_mask", "rejected_mask")
+SINGLE = ("policy", "reference", "desirable", "kl_baseline")
+OBJECTIVE = named.Place(
+    flag="--objective",
+    options="--options",
+    home="esscher.objectives.preference",
+    known=(*PAIRED, "len_chosen", "len_rejected", "nll", *MASKS, *SINGLE),
+    prefix="objective.",
+)
 
 
-def learning(config: Any, setup: Setup, objective: Objective, mesh: Mesh, sweep: sweeps.Sweep) -> runs.Program:
+# --- the objective ----------------------------------------------------------------------------------------------------
+
+
+def resolve(path: str, options: Sequence[str] = ()) -> Named:
+    """The objective that the flags name, tried on pairs of no content.
+
+    Raises:
+      UsageError: see `named.resolve`; or the objective objects to its options, or is no loss for each pair.
+    """
+    objective = named.resolve(OBJECTIVE, path, options)
+    logps, mask = jnp.zeros((2, 3, 4)), jnp.ones((2, 3, 4), bool)
+    options = {name: jnp.zeros(()) for name in objective.numbers}
+    named.attempt(objective, lambda *arrays: losses(objective, *arrays, options), logps, logps, mask)
+    return objective
+
+
+def losses(objective: Named, policy: Array, ref: Array, mask: Array, options: Mapping[str, Array]) -> Array:
+    """The loss of each pair, `[B]`; of a loss of single responses the mean of the two.
+
+    A loss that asks for masks gets log-probabilities token by token, others their sums.
+
+    Args:
+      objective: the loss.
+      policy: log-probability of each token of the chosen and the rejected response, and where the objective asks for a
+        baseline of one to another prompt, `[B, 2 or 3, T]`.
+      ref: likewise, of the reference.
+      mask: the tokens of the response.
+      options: values of the objective's options that are numbers.
+
+    Raises:
+      ValueError: what comes back is no loss for each pair.
+    """
+    policy, ref = (jnp.where(mask, x, 0) for x in (policy, ref))
+    pairs, length, sums = len(policy), mask.sum(-1), [x.sum(-1) for x in (policy, ref)]
+    of_pair = (policy, ref) if set(MASKS) & set(objective.arguments) else sums
+    known = dict(zip(PAIRED, (x[:, i] for x in of_pair for i in (0, 1)), strict=True))
+    for i, name in enumerate(("chosen", "rejected")):
+        known |= {f"{name}_mask": mask[:, i], f"len_{name}": length[:, i]}
+    known["nll"] = preference.nll(policy[:, 0], mask[:, 0], normalize=True)
+    known |= {name: x[:, :2].T.reshape(-1) for name, x in zip(("policy", "reference"), sums, strict=True)}
+    known["desirable"] = jnp.repeat(jnp.array([1.0, 0.0]), pairs)
+    if "kl_baseline" in objective.arguments:
+        known["kl_baseline"] = preference.kto_baseline(*(x[:, 2] for x in sums))
+    found = named.call(objective, known, options)
+    if jnp.shape(found) not in ((pairs,), (2 * pairs,)):
+        raise ValueError(f"gives {jnp.shape(found)} for {pairs} pairs; it must give one loss each")
+    return found if len(found) == pairs else found.reshape(2, pairs).mean(0)
+
+
+# --- the program ------------------------------------------------------------------------------------------------------
+
+
+def learning(config: Any, setup: Setup, objective: Named, mesh: Mesh, sweep: sweeps.Sweep) -> runs.Program:
     """The mean of the objective over the pairs that are kept, as a program."""
     policy, generated = setup.policy, setup.rejected is None
     length = max(len(example.completion) for example in setup.test)
     generate = policies.generator(policy, length, setup.stop)
 
-    def losses(
+    def judge(
         trainable: Any, batch: dict[str, Array], hyper: dict[str, Array], *constants: Any
     ) -> tuple[Array, dict[str, Array]]:
         shape = batch["tokens"].shape
         flat = {name: batch[name].reshape(-1, shape[-1]) for name in ("tokens", "segments", "completion")}
         found = policies.completions(policy, trainable, flat, *constants, dtype=config.dtype, remat=config.remat)
         logps, mask = (x.reshape(shape) for x in (found.logps, found.mask))
-        options = {name.removeprefix(OPTION): value for name, value in hyper.items() if name.startswith(OPTION)}
         logp, ref = (jnp.where(mask, x, 0).sum(-1) for x in (logps, batch["ref"]))
         gained = logp - ref
         metrics = {
@@ -47,15 +108,15 @@ def learning(config: Any, setup: Setup, objective: Objective, mesh: Mesh, sweep:
             "chosen_gain": gained[:, 0].mean(),
             "rejected_gain": gained[:, 1].mean(),
         }
-        return named_objective.apply(objective, logps, batch["ref"], mask, options), metrics
+        return losses(objective, logps, batch["ref"], mask, named.options_of(objective, hyper)), metrics
 
     def loss(trainable: Any, key: Array, batch: Any, hyper: dict[str, Array], *constants: Any) -> tuple[Array, dict]:
-        values, metrics = losses(trainable, batch, hyper, *constants)
+        values, metrics = judge(trainable, batch, hyper, *constants)
         kept = batch["rank"] < hyper["keep"]
         return jnp.sum(jnp.where(kept, values, 0)) / jnp.maximum(kept.sum(), 1), metrics
 
     def validate(trainable: Any, key: Array, batch: Any, hyper: dict[str, Array], *constants: Any) -> dict[str, Array]:
-        values, metrics = losses(trainable, batch["pairs"], hyper, *constants)
+        values, metrics = judge(trainable, batch["pairs"], hyper, *constants)
         metrics = {f"validation_{name}": value for name, value in (metrics | {"loss": values.mean()}).items()}
         if generated:
             answers = generate(key, trainable, *batch["prompt"], *constants, choose=decoding.greedy)
@@ -83,21 +144,17 @@ def run(config: Any, mesh: Mesh) -> None:
     """Makes pairs, trains or resumes, and writes the report.
 
     Raises:
-      UsageError: no model to begin with, an objective that is not there or lacks an option, or no pairs.
+      UsageError: an objective that is not there or lacks an option, or no pairs.
     """
-    if config.model is None:
-        raise UsageError(
-            "--stage dpo needs --model, e.g. runs/arithmetic/default/model once the command without --stage has made it"
-        )
-    objective = named_objective.resolve(config.objective, config.options)
-    hyper = vars(config.hyper) | {f"{OPTION}{name}": values for name, values in objective.swept.items()}
-    sweep = sweeps.grid(hyper, divisor=mesh.shape["sweep"])
+    objective = resolve(config.objective, config.options)
+    sweep = sweeps.grid(vars(config.hyper) | named.swept(objective), divisor=mesh.shape["sweep"])
     setup = setups.prepare(config, mesh)
     kept = pathlib.Path(config.runs, "arithmetic", config.name, "pairs.npz")
     if known := kept.exists():
         pairs = preference_pairs.load(kept)
     else:
-        pairs = preference_pairs.make(config, setup, mesh, mismatched=objective.mismatched)
+        mismatched = "kl_baseline" in objective.arguments
+        pairs = preference_pairs.make(config, setup, mesh, mismatched=mismatched)
     program = learning(config, setup, objective, mesh, sweep)
     folder = setups.open_run(config)
     if not known:

@@ -142,6 +142,8 @@ def compile_program(
     pretrained: Sequence[Any] = (),
     *,
     average: bool = True,
+    own_batches: bool = False,
+    repeats: int = 1,
 ) -> Program:
     """Functions of one run as programs on a mesh, vmapped over the members of a sweep; nothing is computed yet.
 
@@ -156,6 +158,8 @@ def compile_program(
       constants: as they will be given, for their shardings.
       pretrained: likewise.
       average: whether to keep a moving average of the parameters; without it the parameters themselves are validated.
+      own_batches: whether the members of a sweep learn from different batches, given with an axis of members in front.
+      repeats: updates that the optimiser makes on each batch, which count as one step.
 
     Returns:
       The program; its step donates the state.
@@ -164,6 +168,7 @@ def compile_program(
     def init(key: Array, hyper: dict[str, Array], *pretrained: Any) -> training.TrainState:
         return training.init(initialize(key, *pretrained), optimizer(hyper), average=average)
 
+    step = _repeat(training.make_step(loss, optimizer), repeats)
     key, member = jax.random.key(0), {name: value.reshape(-1)[0] for name, value in sweep.values.items()}
     shapes = jax.eval_shape(initialize, key, *pretrained)
     specs = meshes.parameter_specs(axes, shapes, mesh)
@@ -173,6 +178,7 @@ def compile_program(
     # Every process reads the counters, so they are whole on every device, in a sweep too; and so are the metrics.
     layout = layout._replace(step=shared, skipped=shared, last_skipped=shared)
     members = meshes.shardings(mesh, PartitionSpec(), swept=sweep.swept)
+    learned = meshes.shardings(mesh, meshes.BATCH, swept=sweep.swept and own_batches)
     kept = tuple(jax.tree.map(lambda leaf: leaf.sharding, constant) for constant in constants)
     whole = (None,) * len(constants)
     lift = functools.partial(sweeps.lift, sweep=sweep)
@@ -180,8 +186,8 @@ def compile_program(
     return Program(
         init=jax.jit(lifted_init, out_shardings=layout),
         step=jax.jit(
-            lift(training.make_step(loss, optimizer), in_axes=(0, None, None, 0, *whole)),
-            in_shardings=(layout, shared, rows, members, *kept),
+            lift(step, in_axes=(0, None, 0 if own_batches else None, 0, *whole)),
+            in_shardings=(layout, shared, learned, members, *kept),
             out_shardings=(layout, shared),
             donate_argnums=0,
         ),
@@ -196,6 +202,20 @@ def compile_program(
             layout,
         ),
     )
+
+
+def _repeat(step: Callable[..., Any], times: int) -> Callable[..., Any]:
+    """A step that takes several on the same batch and counts as one; with the metrics of the last."""
+
+    def repeated(state: training.TrainState, *arguments: Any) -> tuple[training.TrainState, dict[str, Array]]:
+        def again(state: training.TrainState, _: None) -> tuple[training.TrainState, dict[str, Array]]:
+            new, metrics = step(state, *arguments)
+            return new._replace(step=state.step), metrics
+
+        new, metrics = jax.lax.scan(again, state, length=times)
+        return new._replace(step=state.step + 1), jax.tree.map(lambda values: values[-1], metrics)
+
+    return step if times == 1 else repeated
 
 
 def adamw(steps: int, hyper: dict[str, Array]) -> optax.GradientTransformation:

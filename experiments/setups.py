@@ -13,6 +13,7 @@ from esscher.models import decoder, hf, hf_files
 __all__ = ["Setup", "open_run", "prepare"]
 
 MAY_CHANGE = (*runs.MAY_CHANGE, "samples")
+KINDS = {"sft": sequences.Example, "dpo": language.Pair, "rl": language.Problem}  # of the lines of --data
 
 
 class Setup(NamedTuple):
@@ -40,8 +41,7 @@ def prepare(config: Any, mesh: Mesh) -> Setup:
     if config.data is None:
         task = language.arithmetic(config.digits, config.operations, config.base, config.problems, config.seed)
     else:
-        kind = language.Pair if config.stage == "dpo" else sequences.Example
-        task = language.from_file(config.data, config.problems, config.seed, kind)
+        task = language.from_file(config.data, config.problems, config.seed, KINDS[config.stage])
     folder = None
     if config.model is None:
         tokenizer, stop = language.tokenizer_of(config.operations, config.base), (language.END,)
@@ -61,6 +61,8 @@ def prepare(config: Any, mesh: Mesh) -> Setup:
     train, test = (encode(part, 1) for part in task)
     of_pairs = config.data is not None and config.stage == "dpo"
     rejected = (encode(task.train, 2), encode(task.test, 2)) if of_pairs else None
+    if config.stage == "rl":
+        task = language.Task(*([sequences.Example(*fields) for fields in part] for part in task))
     return Setup(task, tokenizer, stop, policy, folder, train, test, rejected)
 
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from esscher.core import figures, meshes, reporting, sequences
-from esscher.experiments import language, policies
+from esscher.experiments import language, policies, verifiers
 from esscher.experiments.setups import Setup
 from esscher.objectives import voting
 from esscher.samplers import decoding
@@ -28,22 +29,22 @@ class Solved(NamedTuple):
     examples: list[sequences.Example]
     greedy: list[str]  # one answer to each problem
     sampled: list[list[str]]  # several
+    verifier: Callable[[str, str], float] = verifiers.exact  # an answer is right where it gives more than a half
 
     @property
     def exact_match(self) -> np.ndarray:
         """Whether the greedy answer is right, `[P]`."""
-        return np.array([_same(a, example) for a, example in zip(self.greedy, self.examples, strict=True)])
+        return np.array([self._right(a, example) for a, example in zip(self.greedy, self.examples, strict=True)])
 
     @property
     def correct(self) -> np.ndarray:
         """Which samples are right, `[P, N]`."""
         return np.array(
-            [[_same(a, x) for a in answers] for answers, x in zip(self.sampled, self.examples, strict=True)]
+            [[self._right(a, x) for a in answers] for answers, x in zip(self.sampled, self.examples, strict=True)]
         )
 
-
-def _same(answer: str, example: sequences.Example) -> bool:
-    return answer.strip() == example.completion.strip()
+    def _right(self, answer: str, example: sequences.Example) -> bool:
+        return self.verifier(answer, example.completion) > 0.5
 
 
 def exact_match(answer: decoding.Generation, tokens: Array, mask: Array) -> Array:
@@ -51,11 +52,23 @@ def exact_match(answer: decoding.Generation, tokens: Array, mask: Array) -> Arra
     return jnp.all((answer.mask == mask) & (~mask | (answer.tokens == tokens)), axis=-1).astype(jnp.float32)
 
 
-def solve(setup: Setup, trainable: Any, mesh: Mesh, *, key: Array, samples: int) -> Solved:
-    """Answers every problem held out once greedily and `samples` times at temperature 1."""
+def solve(
+    setup: Setup,
+    trainable: Any,
+    mesh: Mesh,
+    *,
+    key: Array,
+    samples: int,
+    length: int | None = None,
+    verifier: Callable[[str, str], float] = verifiers.exact,
+) -> Solved:
+    """Answers every problem held out once greedily and `samples` times at temperature 1.
+
+    Answers are as long as the longest that is right, if no `length` is given.
+    """
     policy, (prompts, answers) = setup.policy, zip(*setup.test, strict=True)
     placed = meshes.place(sequences.pad_left(prompts), mesh)
-    generate = policies.generator(policy, max(map(len, answers)), setup.stop)
+    generate = policies.generator(policy, length or max(map(len, answers)), setup.stop)
 
     def both(key: Array, trainable: Any, prompt: Array, mask: Array, *constants: Any) -> tuple[Any, Any]:
         greedy = generate(key, trainable, prompt, mask, *constants, choose=decoding.greedy)
@@ -64,7 +77,7 @@ def solve(setup: Setup, trainable: Any, mesh: Mesh, *, key: Array, samples: int)
     greedy, sampled = meshes.gather(jax.jit(both)(key, trainable, *placed, *policy.constants))
     decode = functools.partial(language.decode, setup.tokenizer)
     texts = [decode(*part) for part in zip(sampled.tokens, sampled.mask, strict=True)]
-    return Solved(setup.task.test, decode(greedy.tokens, greedy.mask), texts)
+    return Solved(setup.task.test, decode(greedy.tokens, greedy.mask), texts, verifier)
 
 
 def attempts(solved: Solved) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from esscher.core import tokens
-from esscher.core.arrays import at_least_float32, check_floating, check_same_shape, safe_sqrt
+from esscher.core.arrays import at_least_float32, check_floating, check_per_example, check_same_shape, safe_sqrt
 
 __all__ = [
     "VTrace",
@@ -82,12 +82,17 @@ def group_advantage(
     if scale not in ("group", "batch", "none"):
         raise ValueError(f'scale must be "group", "batch" or "none", got {scale!r}')
     kept = jnp.where(valid, at_least_float32(rewards), 0)
-    centred = jnp.where(valid, kept - _baseline(kept, valid, center, lengths), 0)
+    # Beside one of the group's own rewards equal ones are 0 exactly; a mean of them is off by rounding, and so is the
+    # spread, which would make a large advantage of it.
+    first = jnp.take_along_axis(kept, jnp.argmax(valid, axis=-1, keepdims=True), axis=-1)
+    shifted = jnp.where(valid, kept - first, 0)
+    compared = kept if center == "none" else shifted
+    centred = jnp.where(valid, compared - _baseline(compared, valid, center, lengths), 0)
     if scale == "none":
         return centred
-    axis = -1 if scale == "group" else None
-    spread = safe_sqrt(tokens.masked_var(kept, valid, axis, ddof=ddof))
-    return centred / (jnp.expand_dims(spread, -1) + eps if scale == "group" else spread + eps)
+    if scale == "group":
+        return centred / (safe_sqrt(tokens.masked_var(shifted, valid, -1, ddof=ddof))[:, None] + eps)
+    return centred / (safe_sqrt(tokens.masked_var(kept, valid, None, ddof=ddof)) + eps)
 
 
 def _baseline(kept: Array, valid: Array, center: Center, lengths: Array | None) -> Array:
@@ -159,6 +164,7 @@ def gae(rewards: Array, values: Array, discounts: Array, lam: float | Array, *, 
     Reference: High-Dimensional Continuous Control Using Generalized Advantage Estimation, arXiv:1506.02438.
     """
     _check_steps(rewards, discounts, values=values)
+    check_per_example(rewards, lam=lam)
     lam = jnp.expand_dims(jnp.asarray(lam), -1)
     kept = jnp.ones(rewards.shape, bool) if mask is None else mask != 0
     check_same_shape(rewards=rewards, mask=kept)
@@ -194,6 +200,7 @@ def lambda_returns(rewards: Array, next_values: Array, discounts: Array, lam: fl
     Reference: High-Dimensional Continuous Control Using Generalized Advantage Estimation, arXiv:1506.02438.
     """
     _check_steps(rewards, discounts, next_values=next_values)
+    check_per_example(rewards, lam=lam)
     lam = jnp.expand_dims(jnp.asarray(lam), -1)
     r, v, d = (at_least_float32(x) for x in (rewards, next_values, discounts))
     last = jnp.zeros_like(d).at[:, -1].set(d[:, -1] * v[:, -1] * jnp.broadcast_to(lam, d[:, -1:].shape)[:, 0])
@@ -241,6 +248,7 @@ def vtrace(
       arXiv:1802.01561.
     """
     _check_steps(rewards, discounts, values=values, ratios=ratios)
+    check_per_example(rewards, lam=lam)
     lam = jnp.expand_dims(jnp.asarray(lam), -1)
     r, v, d, ratios = (at_least_float32(x) for x in (rewards, values, discounts, ratios))
     delta = jnp.minimum(rho_max, ratios) * (r + d * v[:, 1:] - v[:, :-1])

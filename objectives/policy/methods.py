@@ -35,10 +35,12 @@ __all__ = [
     "gspo",
     "kl_cov",
     "kl_penalty",
+    "length_adaptive_lambda",
     "positive_nll",
     "ppo",
     "reinforce",
     "sapo",
+    "signed_advantage",
     "topr",
     "vespo",
 ]
@@ -92,7 +94,7 @@ def sapo(
     positive: Float = 1.0,
     negative: Float = 1.05,
 ) -> Array:
-    """`-4 A sigmoid(tau (R - 1)) / tau`: a gate instead of a clip, `tau` being `positive` where `A > 0`, else `negative`.
+    """`-4 A sigmoid(tau (R - 1)) / tau`: a gate instead of a clip, `tau = positive` where `A > 0`, else `negative`.
 
     The coefficient of `grad log pi` is `4 s (1 - s) R A`, with `s` the sigmoid: `A` at `R = 1`. The defaults are the
     paper's; reduced by "seq-mean-token-mean".
@@ -322,3 +324,35 @@ def positive_nll(logp: Array, advantages: Array, mask: Array) -> tuple[Array, Ar
     """
     positive = _phi(logp, logp, advantages, mask, lambda l, a: a) > 0  # noqa: E741
     return tokens.aggregate(-at_least_float32(logp), positive, "token-mean")
+
+
+# --- advantages and their parameters ----------------------------------------------------------------------------------
+
+
+def signed_advantage(correct: Array, *, positive: Float = 1.0, negative: Float = 1.0) -> Array:
+    """`positive` where an answer is correct and `-negative` where it is not: no baseline, no scale; of any shape.
+
+        positive, negative      method
+        1, 1                    REINFORCE with rewards of +1 and -1
+        1, 0                    PSR
+        0, 1                    NSR
+        0.1, 1                  W-REINFORCE
+
+    On samples of the policy, summed over tokens, the expected gradients of all of them have one direction, that of the
+    pass rate: PSR and NSR are each its gradient, W-REINFORCE is 1.1 times it. `correct` is bool or a number that is
+    not 0; the loss around it is `ppo`, reduced by "token-mean".
+
+    Reference: The Surprising Effectiveness of Negative Reinforcement in LLM Reasoning, arXiv:2506.01347.
+    """
+    return jnp.where(correct != 0, jnp.asarray(positive, float), -jnp.asarray(negative, float))
+
+
+def length_adaptive_lambda(mask: Array, *, alpha: Float = 0.05) -> Array:
+    """`1 - 1 / (alpha len)`, at least 0, `[B, T] -> [B]`: `lam` of the policy's `gae` in VAPO.
+
+    The errors of `gae` then reach back over about `alpha len` tokens. The default is the paper's, whose critic has
+    `lam=1`. For answers of up to `1 / alpha` tokens it is 0.
+
+    Reference: VAPO: Efficient and Reliable Reinforcement Learning for Advanced Reasoning Tasks, arXiv:2504.05118.
+    """
+    return jnp.maximum(1 - 1 / (alpha * jnp.maximum((mask != 0).sum(-1), 1)), 0)

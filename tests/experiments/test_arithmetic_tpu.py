@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from esscher.core import meshes, sweeps, tokens
 from esscher.core.sequences import Tokens
-from esscher.experiments import arithmetic, named_objective, policies, preference, setups, supervised
+from esscher.experiments import arithmetic, policies, preference, setups, supervised
 from esscher.models import decoder
 
 pytest.importorskip("libtpu", reason="compiling for TPU needs libtpu: pip install 'esscher[tpu]' (Linux, x86-64)")
@@ -85,7 +85,7 @@ def test_learning_from_pairs_compiles_for_a_slice_with_adapters_in_a_sweep():
     )
     policy = policies.adapted(MODERATE, sharded_parameters(mesh, jnp.bfloat16), 8, 16.0)
     setup = setups.Setup(None, None, (1,), policy, None, [], [Tokens([2] * 20, [3] * 11 + [1])] * ROWS)
-    objective = named_objective.resolve("kto", ["beta=0.1"])
+    objective = preference.resolve("kto", ["beta=0.1"])
     sweep = sweeps.grid(vars(config.hyper) | {"objective.beta": (0.1,)})
     values = {name: abstract(mesh, PartitionSpec("sweep"), (2,)) for name in sweep.values}
     program = preference.learning(config, setup, objective, mesh, sweep)

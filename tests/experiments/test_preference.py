@@ -12,7 +12,7 @@ import pytest
 
 from esscher.core import meshes, reporting, sequences, sweeps
 from esscher.core.errors import UsageError
-from esscher.experiments import arithmetic, language, named_objective, policies, preference, preference_pairs, setups
+from esscher.experiments import arithmetic, language, policies, preference, preference_pairs, setups
 from esscher.models import decoder
 
 LLAMA = pathlib.Path(__file__).parents[1] / "models" / "fixtures" / "llama"
@@ -236,7 +236,7 @@ def test_eight_devices_give_the_losses_of_one_and_a_sweep_those_of_single_runs(f
 
 def test_pairs_with_a_high_score_are_left_out_of_the_loss_and_of_no_metric(from_file):
     config, setup, mesh = prepared(from_file)
-    objective, sweep = named_objective.resolve("dpo"), sweeps.grid(config.hyper)
+    objective, sweep = preference.resolve("dpo"), sweeps.grid(config.hyper)
     pairs = preference_pairs.make(config, setup, mesh, mismatched=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preference.runs, "compile_program", lambda *args, **_: args[2])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from esscher.core.errors import UsageError
-from esscher.experiments import named_objective
+from esscher.experiments import preference as stage
 from esscher.objectives import preference
 
 B, T = 5, 7
@@ -21,9 +21,9 @@ LENGTH = {"len_chosen": LENGTHS[:, 0], "len_rejected": LENGTHS[:, 1]}
 
 
 def apply(path, *options, policy=POLICY, ref=REF):
-    objective = named_objective.resolve(path, options)
-    values = {name: jnp.float32(value[0]) for name, value in objective.swept.items()}
-    return named_objective.apply(objective, policy, ref, MASK, values)
+    objective = stage.resolve(path, options)
+    values = {name: jnp.float32(value[0]) for name, value in objective.numbers.items()}
+    return stage.losses(objective, policy, ref, MASK, values)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_losses_at_the_reference_are_their_known_constants():
 
 def test_what_lies_outside_of_the_responses_has_neither_value_nor_gradient():
     def total(policy, name):
-        return named_objective.apply(named_objective.resolve(name), policy, REF, MASK, {}).sum()
+        return stage.losses(stage.resolve(name), policy, REF, MASK, {}).sum()
 
     for name in ("dpo", "simpo", "kto", "ld_dpo", "orpo"):
         gradient = jax.grad(total)(jnp.where(MASK, POLICY, jnp.nan), name)
@@ -108,8 +108,8 @@ def test_a_function_of_the_users_own_is_found_where_the_command_was_started(tmp_
 
 
 def test_several_numbers_are_swept_and_words_are_not():
-    objective = named_objective.resolve("f_dpo", ["beta=0.1,0.2", "kind=alpha", "alpha=0.5"])
-    assert objective.swept == {"beta": (0.1, 0.2), "alpha": (0.5,)}
+    objective = stage.resolve("f_dpo", ["beta=0.1,0.2", "kind=alpha", "alpha=0.5"])
+    assert objective.numbers == {"beta": (0.1, 0.2), "alpha": (0.5,)}
     assert objective.fixed == {"kind": "alpha"}
 
 
@@ -137,7 +137,7 @@ def test_several_numbers_are_swept_and_words_are_not():
 )
 def test_what_a_user_got_wrong_is_one_line(path, options, message):
     with pytest.raises(UsageError) as error:
-        named_objective.resolve(path, options)
+        stage.resolve(path, options)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -145,5 +145,5 @@ def test_what_a_user_got_wrong_is_one_line(path, options, message):
 def test_a_loss_that_is_not_one_for_each_pair_is_refused(tmp_path, monkeypatch):
     (tmp_path / "total_alone.py").write_text("def total(policy_chosen):\n    return policy_chosen.sum()\n")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=r"total gave \(\) for 2 pairs; it must give one loss each"):
-        named_objective.resolve("total_alone.total")
+    with pytest.raises(UsageError, match=r"total_alone.total: gives \(\) for 2 pairs; it must give one loss each"):
+        stage.resolve("total_alone.total")

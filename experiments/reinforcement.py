@@ -1,0 +1,300 @@
+"""Learning from verified rewards: sample answers, verify them, and take the steps of any policy loss."""
+
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from esscher.core import data, meshes, reporting, sequences, sweeps, tokens
+from esscher.core.errors import UsageError
+from esscher.experiments import named, policies, rollouts, runs, setups, solving
+from esscher.experiments.named import Named
+from esscher.experiments.rollouts import Rollouts
+from esscher.experiments.setups import Setup
+from esscher.objectives.policy import kl
+from esscher.samplers import decoding
+
+__all__ = ["learning", "resolve", "run"]
+
+OBJECTIVE = named.Place(
+    flag="--objective",
+    options="--options",
+    home="esscher.objectives.policy",
+    known=("rewards", "logp", "logp_old", "advantages", "mask", "length"),
+    prefix="objective.",
+)
+WITH_REFERENCE = OBJECTIVE._replace(known=(*OBJECTIVE.known, "logp_ref"))
+ADVANTAGE = named.Place(
+    flag="--advantage",
+    options="--advantage-options",
+    home="esscher.objectives.advantages",
+    known=("rewards",),
+    prefix="advantage.",
+)
+
+
+def resolve(config: Any) -> tuple[Named, Named]:
+    """Objective and advantage that the flags name, tried on answers of no content.
+
+    Raises:
+      UsageError: see `named.resolve`; or one of them objects to its options, or gives arrays of a wrong shape.
+    """
+    place = WITH_REFERENCE if config.reference else OBJECTIVE
+    objective = named.resolve(place, config.objective, config.options)
+    advantage = named.resolve(ADVANTAGE, config.advantage, config.advantage_options)
+    rewards, logp, mask = jnp.zeros((2, 4)), jnp.zeros((8, 3)), jnp.ones((8, 3), bool)
+    options = {name: jnp.ones(()) for name in [*named.swept(objective), *named.swept(advantage)]}
+    find = functools.partial(advantages, advantage, hyper=options)
+    if (shape := named.attempt(advantage, find, rewards).shape) != rewards.shape:
+        raise UsageError(f"--advantage {config.advantage} gives {shape} for rewards of shape {rewards.shape}")
+    attempt = functools.partial(mean_loss, objective, config.reduce, hyper=options, length=3)
+    named.attempt(objective, attempt, rewards, logp, logp, logp, rewards, mask)
+    return objective, advantage
+
+
+def advantages(advantage: Named, rewards: Array, hyper: dict[str, Array]) -> Array:
+    """Of each answer, `[P, G]`."""
+    return named.call(advantage, {"rewards": rewards}, named.options_of(advantage, hyper))
+
+
+def mean_loss(
+    objective: Named,
+    reduce: tokens.How,
+    rewards: Array,
+    logp: Array,
+    logp_old: Array,
+    logp_ref: Array,
+    advantage: Array,
+    mask: Array,
+    hyper: dict[str, Array],
+    length: int,
+) -> Array:
+    """The objective, a number: of numerator and denominator, or of losses `[B, T]` reduced as asked.
+
+    Raises:
+      ValueError: it gives neither.
+    """
+    known = {"rewards": rewards, "logp": logp, "logp_old": logp_old, "logp_ref": logp_ref, "mask": mask}
+    known |= {"advantages": advantage.ravel(), "length": float(length)}
+    found = named.call(objective, known, named.options_of(objective, hyper))
+    if not isinstance(found, tuple):
+        if jnp.shape(found) != mask.shape:
+            raise ValueError(
+                f"gives {jnp.shape(found)} for tokens of shape {mask.shape}; it must give a loss for each, or a "
+                "numerator and a denominator"
+            )
+        found = tokens.aggregate(found, mask, reduce, length=float(length) if reduce == "constant" else None)
+    numerator, denominator = found
+    return numerator / jnp.where(denominator > 0, denominator, 1)
+
+
+# --- the programs -----------------------------------------------------------------------------------------------------
+
+
+def answer_logps(config: Any, setup: Setup, trainable: Any, batch: Rollouts, constants: Any) -> tuple[Array, Array]:
+    """Log-probability of each token of the answers, and their mask, `[P G, T]`."""
+    group, length = batch.tokens.shape[1:]
+    repeat = lambda x: jnp.repeat(x, group, axis=0)  # noqa: E731
+    flat = lambda x: x.reshape(-1, length)  # noqa: E731
+    prompt, prompt_mask, mask = repeat(batch.prompt), repeat(batch.prompt_mask), flat(batch.mask)
+    inside = jnp.concatenate([prompt_mask, mask], 1)
+    rows = {
+        "tokens": jnp.concatenate([prompt, flat(batch.tokens)], 1),
+        "segments": jnp.where(inside, 0, -1),
+        "completion": jnp.concatenate([jnp.zeros_like(prompt_mask), mask], 1),
+    }
+    first = prompt.shape[1] - 1  # the place that is about the first token of an answer
+    found = policies.completions(
+        setup.policy, trainable, rows, *constants, first=first, dtype=config.dtype, remat=config.remat
+    )
+    return found.logps[:, :-1], mask
+
+
+def learning(
+    config: Any, setup: Setup, objective: Named, advantage: Named, mesh: Mesh, sweep: sweeps.Sweep, reference: Any
+) -> runs.Program:
+    """The updates on rollouts with their rewards, as a program; `reference` is the last of its constants."""
+
+    def loss(trainable: Any, key: Array, batch: Any, hyper: dict[str, Array], *constants: Any) -> tuple[Array, dict]:
+        *constants, reference = constants
+        played, rewards = batch
+        logp, mask = answer_logps(config, setup, trainable, played, constants)
+        old = played.logp.reshape(mask.shape)
+        ref = answer_logps(config, setup, reference, played, constants)[0] if config.reference else old
+        chosen = advantages(advantage, rewards, hyper)
+        value = mean_loss(objective, config.reduce, rewards, logp, old, ref, chosen, mask, hyper, length=mask.shape[1])
+        moved = jnp.where(mask, jnp.abs(jnp.expm1(logp - old)) > 0.2, False)
+        count = jnp.maximum(mask.sum(), 1)
+        return value, {
+            "reward": rewards.mean(),
+            "entropy": -jnp.where(mask, logp, 0).sum() / count,
+            "length": mask.sum() / len(mask),
+            "clip_fraction": moved.sum() / count,
+            "zero_variance": jnp.mean(rewards.max(-1) == rewards.min(-1), dtype=jnp.float32),
+        }
+
+    policy = setup.policy
+    return runs.compile_program(
+        policy.initialize,
+        policy.axes,
+        loss,
+        lambda *_: {},
+        functools.partial(runs.adamw, config.steps * config.epochs),
+        mesh,
+        sweep,
+        (*policy.constants, reference),
+        policy.pretrained,
+        average=config.average,
+        own_batches=True,
+        repeats=config.epochs,
+    )
+
+
+def _stepper(
+    config: Any, setup: Setup, update: Callable, verifier: rollouts.Verifier, length: int, mesh: Mesh, sweep: Any
+) -> Callable[..., Any]:
+    """A step: sample, verify, update. Tokens go to the verifier and rewards come back; all else stays on the device."""
+    whole = (None,) * len(setup.policy.constants)
+
+    def sampled(hint: int) -> Callable[..., Rollouts]:
+        sample = rollouts.sampler(setup, length, config.group, hint)
+
+        def of_state(state: Any, key: Array, batch: dict[str, Array], *constants: Any) -> Rollouts:
+            key = jax.random.fold_in(jax.random.fold_in(key, state.step), hint)
+            return sample(state.params, key, batch["prompt"], batch["mask"], batch["answer"], *constants)
+
+        return jax.jit(sweeps.lift(of_state, sweep, in_axes=(0, None, None, *whole)))
+
+    sample, with_hints = sampled(0), sampled(config.hint)
+    completions = [example.completion for example in setup.task.train]
+
+    def step(state: Any, key: Array, batch: dict[str, Array], hyper: Any, *constants: Any) -> tuple[Any, dict]:
+        wanted = [completions[i] for i in meshes.gather(batch["index"])]
+        played = sample(state, key, batch, *constants[:-1])
+        rewards = rollouts.verify(setup, verifier, played, wanted)
+        if config.hint and np.any(rewards.max(-1) <= 0):
+            hinted = with_hints(state, key, batch, *constants[:-1])
+            played = rollouts.replace_failed(played, hinted, rollouts.place(rewards, mesh, sweep))
+            rewards = rollouts.verify(setup, verifier, played, wanted)
+        return update(state, key, (played, rollouts.place(rewards, mesh, sweep)), hyper, *constants)
+
+    return step
+
+
+def _judge(
+    config: Any, setup: Setup, verifier: rollouts.Verifier, length: int, mesh: Mesh, sweep: Any
+) -> Callable[..., dict[str, Any]]:
+    """Validation: reward of greedy answers, and divergence of the policy from the reference on sampled ones."""
+    generate = policies.generator(setup.policy, length, setup.stop)
+    sample = rollouts.sampler(setup, length, 1)
+    whole = (None,) * (len(setup.policy.constants) + 1)
+
+    def of_params(params: Any, key: Array, batch: dict[str, Array], *constants: Any) -> tuple[Rollouts, Array]:
+        *constants, reference = constants
+        greedy = generate(key, params, batch["prompt"], batch["mask"], *constants, n=1, choose=decoding.greedy)
+        played = sample(params, key, batch["prompt"], batch["mask"], batch["answer"], *constants)
+        ref, mask = answer_logps(config, setup, reference, played, constants)
+        divergence = kl.kl_estimate(played.logp.reshape(mask.shape), ref, "k3")
+        answers = Rollouts(batch["prompt"], batch["mask"], greedy.tokens, greedy.mask, greedy.logp)
+        return answers, jnp.where(mask, divergence, 0).sum(-1).mean()
+
+    judge = jax.jit(sweeps.lift(of_params, sweep, in_axes=(0, None, None, *whole)))
+    wanted = [example.completion for example in setup.task.test]
+
+    def validate(params: Any, key: Array, batch: Any, hyper: Any, *constants: Any) -> dict[str, Any]:
+        answers, divergence = judge(params, key, batch, *constants)
+        reward = rollouts.verify(setup, verifier, answers, wanted).mean((-2, -1))
+        return {"validation_reward": reward, "validation_loss": -reward, "kl": divergence}
+
+    return validate
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+def _columns(examples: list[sequences.Tokens]) -> dict[str, np.ndarray]:
+    prompt, mask = sequences.pad_left([example.prompt for example in examples])
+    answer, _ = sequences.pad_right([example.completion for example in examples])
+    return {"prompt": prompt, "mask": mask, "answer": answer, "index": np.arange(len(examples))}
+
+
+def run(config: Any, mesh: Mesh) -> None:
+    """Trains or resumes, and writes the report.
+
+    Raises:
+      UsageError: functions that are not there or lack an option, or hints as long as answers.
+    """
+    objective, advantage = resolve(config)
+    verifier = named.find("--verifier", config.verifier, "esscher.experiments.verifiers")
+    hyper = vars(config.hyper) | named.swept(objective) | named.swept(advantage)
+    sweep = sweeps.grid(hyper, divisor=mesh.shape["sweep"])
+    setup = setups.prepare(config, mesh)
+    shortest = min(len(example.completion) for example in setup.train)
+    if config.hint >= shortest:
+        raise UsageError(f"--hint must be below {shortest}, the tokens of the shortest answer, got {config.hint}")
+    length = config.tokens or max(len(example.completion) for example in setup.train + setup.test)
+    policy = setup.policy
+    # An adapter adds nothing at its start, so that the reference costs a copy of the model only where all is trained.
+    reference = jax.jit(policy.initialize)(jax.random.key(0), *policy.pretrained)
+    program = learning(config, setup, objective, advantage, mesh, sweep, reference)
+    program = program._replace(
+        step=_stepper(config, setup, program.step, verifier, length, mesh, sweep),
+        validate=_judge(config, setup, verifier, length, mesh, sweep),
+    )
+    folder = setups.open_run(config)
+    source = data.batches(data.Table(_columns(setup.train)), batch_size=config.batch_size, seed=config.seed)
+    constants = (*policy.constants, reference)
+    judged = _columns(setup.test)
+    trained = runs.train(config, program, mesh, sweep, source, judged, folder, constants, policy.pretrained)
+    if trained is not None:
+        _evaluate(config, setup, verifier, length, mesh, sweep, trained, reference, folder)
+        reporting.print_results(folder)
+
+
+def _evaluate(
+    config: Any,
+    setup: Setup,
+    verifier: rollouts.Verifier,
+    length: int,
+    mesh: Mesh,
+    sweep: sweeps.Sweep,
+    trained: runs.Trained,
+    reference: Any,
+    folder: pathlib.Path,
+) -> None:
+    """Keeps the best member of the sweep as a Hugging Face folder, solves with it, and writes the report."""
+    rewards, divergence = (np.atleast_1d(trained.metrics[name]) for name in ("validation_reward", "kl"))
+    best = int(np.nanargmax(rewards))
+    trainable = runs.member(trained.state, sweep, best)
+    policies.save(folder / "model", setup.policy, trainable, setup.tokenizer, setup.stop, setup.origin)
+    options = {"key": jax.random.key(config.seed + 1), "samples": config.samples, "length": length}
+    before, solved = (solving.solve(setup, each, mesh, verifier=verifier, **options) for each in (reference, trainable))
+    rows = [["reference", float(before.exact_match.mean()), float(before.correct.mean()), 0.0]]
+    for i, label in enumerate(sweep.labels):
+        sampled = float(solved.correct.mean()) if i == best else "-"
+        rows.append([label or "this run", float(rewards[i]), sampled, float(divergence[i])])
+    text = (
+        f"{config.objective}, {config.steps} steps of {config.batch_size} problems with {config.group} answers each, "
+        f"{config.epochs} updates on each step's answers. Solved are problems held out: greedily, and by one sample "
+        "(pass@1) of the best run. The divergence is from the reference, the model at the start, in nats per answer."
+    )
+    table = reporting.table(["run", "solved greedily", "pass@1", "KL to the reference"], rows)
+    learned = runs.curves(
+        folder, sweep, ("reward", "validation_reward", "kl"), "Reward while learning and held out, and divergence"
+    )
+    health = runs.curves(
+        folder,
+        sweep,
+        ("entropy", "length", "clip_fraction", "zero_variance"),
+        "Entropy per token in nats, tokens of an answer, share of tokens whose ratio has left 0.8 to 1.2, and of "
+        "groups whose answers all have one reward",
+        file="health.png",
+    )
+    sections = {"Rewards": "\n\n".join([text, table, learned, health]), **solving.report(folder, solved)}
+    reporting.write_report(folder, f"arithmetic: {config.name}", sections)

@@ -1,0 +1,75 @@
+"""Groups of sampled answers to prompts, and what they are worth: the data that a policy learns from by reward."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from esscher.core import meshes, sweeps
+from esscher.experiments import language, policies
+from esscher.experiments.setups import Setup
+
+__all__ = ["Rollouts", "place", "replace_failed", "sampler", "verify"]
+
+Verifier = Callable[[str, str], float]
+
+
+class Rollouts(NamedTuple):
+    """Answers in groups; with a leading axis of members in a sweep."""
+
+    prompt: Array  # [P, T0] padded on the left
+    prompt_mask: Array  # [P, T0]
+    tokens: Array  # [P, G, T]
+    mask: Array  # [P, G, T]
+    logp: Array  # [P, G, T] of the policy that sampled; 0 for tokens that were given away
+
+
+def sampler(setup: Setup, length: int, group: int, hint: int = 0) -> Callable[..., Rollouts]:
+    """`(params, key, prompt, mask, answer, *constants) -> Rollouts`, a pure function.
+
+    Args:
+      setup: the model.
+      length: tokens of an answer, at most, with those that are given away.
+      group: answers to each prompt, `G`.
+      hint: how many tokens of the right answer are given away.
+    """
+    generate = policies.generator(setup.policy, length - hint, setup.stop)
+
+    def sample(params: Any, key: Array, prompt: Array, mask: Array, answer: Array, *constants: Any) -> Rollouts:
+        given = jnp.broadcast_to(answer[:, None, :hint], (len(prompt), group, hint))
+        asked = jnp.concatenate([prompt, answer[:, :hint]], 1), jnp.pad(mask, ((0, 0), (0, hint)), constant_values=True)
+        found = generate(key, params, *asked, *constants, n=group)
+        join = lambda first, rest: jnp.concatenate([jnp.broadcast_to(first, given.shape), rest], -1)  # noqa: E731
+        # Given tokens were certain for the sampler, which saw them: log 1. So the ratio of policies is a probability.
+        return Rollouts(prompt, mask, join(given, found.tokens), join(True, found.mask), join(0.0, found.model_logp))
+
+    return sample
+
+
+def verify(setup: Setup, verifier: Verifier, rollouts: Rollouts, wanted: Sequence[str]) -> np.ndarray:
+    """Rewards of answers by their texts, `[P, G]` or `[S, P, G]`; on the host, the same on every process."""
+    tokens, mask = meshes.gather((rollouts.tokens, rollouts.mask))
+    shape, length = tokens.shape[:-1], tokens.shape[-1]
+    texts = language.decode(setup.tokenizer, tokens.reshape(-1, length), mask.reshape(-1, length))
+    prompts = np.broadcast_to(np.arange(shape[-2])[:, None], shape).ravel()
+    rewards = [verifier(text, wanted[i]) for text, i in zip(texts, prompts, strict=True)]
+    return np.array(rewards, np.float32).reshape(shape)
+
+
+def place(rewards: np.ndarray, mesh: Mesh, sweep: sweeps.Sweep) -> Array:
+    """Rewards onto the mesh, next to the answers that they belong to."""
+    spec = PartitionSpec("sweep", *meshes.BATCH) if sweep.swept else meshes.BATCH
+    return jax.make_array_from_callback(rewards.shape, NamedSharding(mesh, spec), rewards.__getitem__)
+
+
+@jax.jit
+def replace_failed(rollouts: Rollouts, hinted: Rollouts, rewards: Array) -> Rollouts:
+    """Hinted answers to the prompts that no answer without a hint has solved."""
+    failed = (rewards.max(-1) <= 0)[..., None, None]
+    pick = lambda plain, other: jnp.where(failed, other, plain)  # noqa: E731
+    answers = (pick(*pair) for pair in zip(rollouts[2:], hinted[2:], strict=True))
+    return Rollouts(rollouts.prompt, rollouts.prompt_mask, *answers)
