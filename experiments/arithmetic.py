@@ -20,8 +20,12 @@ from esscher.experiments import cli, preference, reinforcement, runs, supervised
 __all__ = ["Config", "Hyper", "main", "settled"]
 
 STAGES = {"sft": supervised.run, "dpo": preference.run, "rl": reinforcement.run}
-RATES, STEPS = {"sft": 2e-3, "dpo": 2e-5, "rl": 2e-4}, {"sft": 1000, "dpo": 200, "rl": 400}
-OBJECTIVES = {"sft": None, "dpo": "dpo", "rl": "grpo"}
+DEFAULTS = {  # those that depend on the stage
+    "sft": {"steps": 1000, "batch_size": 16, "objective": None},
+    "dpo": {"steps": 200, "batch_size": 16, "objective": "dpo"},
+    "rl": {"steps": 800, "batch_size": 64, "objective": "grpo"},
+}
+RATES = {"sft": 2e-3, "dpo": 2e-5, "rl": 3e-4}
 RL = ("advantage", "advantage_options", "reduce", "verifier", "group", "epochs", "hint", "tokens", "reference")
 POSITIVE = ("width", "depth", "length", "problems", "samples", "prompts", "group", "epochs", "tokens")
 BELONGS = dict.fromkeys(("prompts", "judge", "flip"), ("dpo",)) | dict.fromkeys(RL, ("rl",))
@@ -33,7 +37,7 @@ class Hyper(runs.Hyper):
     """Float hyperparameters. Each takes one value, or several, which span a grid trained as one vmapped program."""
 
     lr: tuple[float, ...] = ()
-    """Peak learning rate of AdamW, after 5% of the steps, then a cosine to zero; by default 2e-3; dpo 2e-5, rl 2e-4."""
+    """Peak learning rate of AdamW, after 5% of the steps, then a cosine to zero; by default 2e-3; dpo 2e-5, rl 3e-4."""
     keep: tuple[float, ...] = (1.0, 0.5)
     """Shares of the pairs that dpo learns from, those first whose responses the model holds apart best (CHES)."""
 
@@ -45,9 +49,9 @@ class Config(runs.Settings):
     stage: Literal["sft", "dpo", "rl"] = "sft"
     """Supervised fine-tuning, or learning from pairs, one of them better, or from rewards of sampled answers."""
     steps: int | None = None
-    """Training steps; by default 1000; dpo 200, rl 400."""
-    batch_size: int = 16
-    """Rows of packed sequences, or pairs, or problems, per step, over all devices."""
+    """Training steps; by default 1000; dpo 200, rl 800."""
+    batch_size: int | None = None
+    """Rows of packed sequences, or pairs, or problems, per step, over all devices; by default 16, rl 64."""
     save_every: int = 200
     """Steps between checkpoints, a multiple of 20."""
     digits: int = 2
@@ -95,7 +99,7 @@ class Config(runs.Settings):
     """Probability with which chosen and rejected are exchanged, to see what noisy labels do."""
     group: int = 8
     """Answers that rl samples to each problem of a step."""
-    epochs: int = 1
+    epochs: int = 2
     """Updates that rl makes on the answers of a step."""
     tokens: int | None = None
     """Tokens of an answer of rl, at most; by default as many as the longest right one has."""
@@ -139,8 +143,8 @@ def settled(config: Config) -> Config:
         raise UsageError(f"--hyper.keep must be above 0 and at most 1, got {config.hyper.keep}")
     keep = config.hyper.keep if config.stage == "dpo" else (1.0,)
     hyper = dataclasses.replace(config.hyper, lr=config.hyper.lr or (RATES[config.stage],), keep=keep)
-    steps = STEPS[config.stage] if config.steps is None else config.steps
-    return dataclasses.replace(config, hyper=hyper, steps=steps, objective=config.objective or OBJECTIVES[config.stage])
+    defaults = {name: value for name, value in DEFAULTS[config.stage].items() if getattr(config, name) is None}
+    return dataclasses.replace(config, hyper=hyper, **defaults)
 
 
 def main(config: Config) -> None:

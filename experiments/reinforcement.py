@@ -160,7 +160,8 @@ def _stepper(
     config: Any, setup: Setup, update: Callable, verifier: rollouts.Verifier, length: int, mesh: Mesh, sweep: Any
 ) -> Callable[..., Any]:
     """A step: sample, verify, update. Tokens go to the verifier and rewards come back; all else stays on the device."""
-    whole = (None,) * len(setup.policy.constants)
+    whole, where = (None,) * len(setup.policy.constants), rollouts.layout(mesh, sweep)
+    replace_failed = jax.jit(rollouts.replace_failed, out_shardings=where)
 
     def sampled(hint: int) -> Callable[..., Rollouts]:
         sample = rollouts.sampler(setup, length, config.group, hint)
@@ -169,7 +170,7 @@ def _stepper(
             key = jax.random.fold_in(jax.random.fold_in(key, state.step), hint)
             return sample(state.params, key, batch["prompt"], batch["mask"], batch["answer"], *constants)
 
-        return jax.jit(sweeps.lift(of_state, sweep, in_axes=(0, None, None, *whole)))
+        return jax.jit(sweeps.lift(of_state, sweep, in_axes=(0, None, None, *whole)), out_shardings=where)
 
     sample, with_hints = sampled(0), sampled(config.hint)
     completions = [example.completion for example in setup.task.train]
@@ -180,9 +181,9 @@ def _stepper(
         rewards = rollouts.verify(setup, verifier, played, wanted)
         if config.hint and np.any(rewards.max(-1) <= 0):
             hinted = with_hints(state, key, batch, *constants[:-1])
-            played = rollouts.replace_failed(played, hinted, rollouts.place(rewards, mesh, sweep))
+            played = replace_failed(played, hinted, rollouts.place(rewards, where))
             rewards = rollouts.verify(setup, verifier, played, wanted)
-        return update(state, key, (played, rollouts.place(rewards, mesh, sweep)), hyper, *constants)
+        return update(state, key, (played, rollouts.place(rewards, where)), hyper, *constants)
 
     return step
 

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from esscher.core import meshes, sweeps
 from esscher.experiments import language, policies
 from esscher.experiments.setups import Setup
 
-__all__ = ["Rollouts", "place", "replace_failed", "sampler", "verify"]
+__all__ = ["Rollouts", "layout", "place", "replace_failed", "sampler", "verify"]
 
 Verifier = Callable[[str, str], float]
 
@@ -60,13 +60,16 @@ def verify(setup: Setup, verifier: Verifier, rollouts: Rollouts, wanted: Sequenc
     return np.array(rewards, np.float32).reshape(shape)
 
 
-def place(rewards: np.ndarray, mesh: Mesh, sweep: sweeps.Sweep) -> Array:
+def layout(mesh: Mesh, sweep: sweeps.Sweep) -> NamedSharding:
+    """How answers and rewards lie on the mesh: members of a sweep, then prompts."""
+    return meshes.shardings(mesh, meshes.BATCH, swept=sweep.swept)
+
+
+def place(rewards: np.ndarray, where: NamedSharding) -> Array:
     """Rewards onto the mesh, next to the answers that they belong to."""
-    spec = PartitionSpec("sweep", *meshes.BATCH) if sweep.swept else meshes.BATCH
-    return jax.make_array_from_callback(rewards.shape, NamedSharding(mesh, spec), rewards.__getitem__)
+    return jax.make_array_from_callback(rewards.shape, where, rewards.__getitem__)
 
 
-@jax.jit
 def replace_failed(rollouts: Rollouts, hinted: Rollouts, rewards: Array) -> Rollouts:
     """Hinted answers to the prompts that no answer without a hint has solved."""
     failed = (rewards.max(-1) <= 0)[..., None, None]

@@ -19,18 +19,12 @@ from esscher.experiments import arithmetic, cli, language, policies, runs, setup
 from esscher.models import adapters, decoder, hf
 from esscher.samplers import decoding
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 TINY = arithmetic.Config(
     steps=40, save_every=20, batch_size=16, width=32, depth=1, digits=1, length=32, problems=16, samples=4
 )
 LLAMA = pathlib.Path(__file__).parents[1] / "models" / "fixtures" / "llama"
-
-
-@pytest.fixture(autouse=True)
-def compile_quickly():
-    """At these shapes compiling is what takes time, not running."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -10,11 +10,8 @@ from esscher.models.functional import initializer
 
 
 @pytest.fixture(autouse=True)
-def compile_quickly():
+def compile_models_quickly(compile_quickly):
     """At these shapes compiling is what takes time, not running."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")
