@@ -20,7 +20,7 @@ from jax import Array
 from esscher.core import figures, reporting
 from esscher.core.errors import UsageError
 from esscher.experiments import cli, preference_race
-from esscher.experiments.policy_racers import RACERS, Racer, View, mean_loss
+from esscher.experiments.policy_racers import PASS, RACERS, Racer, View, mean_loss
 from esscher.experiments.racers import Problem, string_logps
 
 __all__ = [
@@ -116,7 +116,7 @@ def gradient_cosine(task: Problem, gradients: Array) -> float:
     exact = np.asarray(jax.grad(expected_reward, argnums=1)(task, task.logits), np.float64)
     first, second = (-np.asarray(half, np.float64).mean(0) for half in (gradients[::2], gradients[1::2]))
     square = np.vdot(first, second) * np.vdot(exact, exact)
-    return float(np.vdot(first + second, exact) / 2 / np.sqrt(square)) if square > 0 else float("nan")
+    return float(np.clip(np.vdot(first + second, exact) / 2 / np.sqrt(square), -1, 1)) if square > 0 else float("nan")
 
 
 # --- the race ---------------------------------------------------------------------------------------------------------
@@ -172,9 +172,9 @@ def _coefficients(racer: Racer) -> Array:
 
 def main(config: Config) -> None:
     """Runs the methods and writes table and figures."""
-    for name in ("groups", "answers", "updates", "seeds"):
-        if getattr(config, name) < 1:
-            raise UsageError(f"--{name} must be at least 1, got {getattr(config, name)}")
+    for name, least in {"groups": 1, "answers": 1, "updates": 2, "seeds": 1}.items():
+        if getattr(config, name) < least:
+            raise UsageError(f"--{name} must be at least {least}, got {getattr(config, name)}")
     if not config.lrs or min(config.lrs) <= 0:
         raise UsageError(f"--lrs must be positive numbers, at least one, got {config.lrs}")
     if unknown := sorted(set(config.methods) - RACERS.keys()):
@@ -261,12 +261,14 @@ def _report(folder: pathlib.Path, config: Config, task: Problem, results: dict[s
         f"{len(results)} methods, {config.seeds} seeds, {config.updates} updates of {config.optimizer} on "
         f"{config.groups} groups of {config.answers} answers. Each row is the learning rate (of "
         f"{', '.join(f'{lr:g}' for lr in config.lrs)}) and the coefficient with the highest mean reward over the "
-        "updates; where the coefficient is a temperature it is the middle one, and the learning rate that with the "
-        "highest mean of reward less temperature times divergence. All else is after the last update. Means over "
+        "updates; where the coefficient is a temperature of the tilt it is the middle one, and the learning rate that "
+        "with the highest mean of reward less temperature times divergence. What the coefficient is depends on the "
+        "method: the bound of a clip, lambda, a fraction of tokens. All else is after the last update. Means over "
         "seeds, in nats; the spread is the standard deviation of the last reward. The reference has reward "
         f"{start:.3f}, the best string {best:.3f}; 90% are of what can be gained, up to the best string, or to the "
         "tilt at the temperature. The cosine is that of the expected first step and the exact gradient of the "
-        "expected reward."
+        "expected reward. GPG, NFT, REINFORCE with +1 or -1, PSR, NSR and W-REINFORCE see no more of a reward than "
+        f"whether it is at least {PASS:g}: which of such answers they end with is chance."
     )
     return {"Result": "\n\n".join([text, reporting.table(header, rows), *_pictures(folder, task, results)])}
 

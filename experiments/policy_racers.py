@@ -22,7 +22,7 @@ from esscher.objectives.credit import tempo_advantage
 from esscher.objectives.policy import group_methods, kl, links, methods, ratios, regression
 from esscher.objectives.policy.losses import policy_gradient
 
-__all__ = ["RACERS", "Racer", "View", "mean_loss"]
+__all__ = ["PASS", "RACERS", "Racer", "View", "mean_loss"]
 
 SCORES, CRITICS, GROUPS = "score functions", "exact critics", "groups"
 TOKENS, SEQUENCES = "ratios of tokens", "ratios of sequences"
@@ -106,7 +106,7 @@ class Racer(NamedTuple):
 
     family: str
     loss: Callable[[View, Array], Fraction]  # of the answers and the coefficient -> numerator and denominator
-    coefficients: tuple[float, ...] = ()  # that the race tries, where the method has one
+    coefficients: tuple[float, ...] = ()  # that the race tries, where it has one: a bound, lambda, a temperature
     epochs: int = 2  # steps on the same answers: one where there is no ratio
     tilts: bool = False  # whether the coefficient is a temperature, at which the law meant is the reference's tilt
 
@@ -120,14 +120,13 @@ def mean_loss(racer: Racer, view: View, coefficient: Array) -> Array:
 # --- short forms ------------------------------------------------------------------------------------------------------
 
 
-def _score(function: Callable[[View, Array], Array], coefficients: tuple[float, ...] = ()) -> Racer:
-    """REINFORCE on advantages, one step for each draw."""
-    return Racer(
-        SCORES,
-        lambda v, c: tokens.aggregate(methods.reinforce(v.pair[0], function(v, c), v.mask), v.mask, SUMS),
-        epochs=1,
-        coefficients=coefficients,
-    )
+def _score(function: Callable[[View], Array]) -> Racer:
+    """REINFORCE on advantages of whole answers, `[P G]`, one step for each draw."""
+    return Racer(SCORES, lambda v, _: _reinforce(v, function(v)), epochs=1)
+
+
+def _reinforce(view: View, advantages: Array) -> Fraction:
+    return tokens.aggregate(methods.reinforce(view.pair[0], advantages, view.mask), view.mask, SUMS)
 
 
 def _group(function: Callable[..., Fraction], **options: Any) -> Racer:
@@ -182,7 +181,7 @@ def _remax(view: View, _: Array) -> Fraction:
     return group_methods.remax(view.rewards, rewards, *view.groups_alone[1:])
 
 
-def _value_baseline(view: View, _: Array) -> Array:
+def _value_baseline(view: View) -> Array:
     law = jnp.exp(string_logps(view.task, view.old).sum(-1))
     return view.rewards.ravel() - law @ view.task.reward
 
@@ -206,7 +205,7 @@ def _tempo(view: View, c: Array) -> Fraction:
 def _a2c(view: View, lam: Array) -> Fraction:
     rewards, discounts, values = view.steps
     advantages = gae(rewards, values, discounts, lam, mask=view.mask)
-    return tokens.aggregate(methods.reinforce(view.pair[0], advantages, view.mask), view.mask, SUMS)
+    return _reinforce(view, advantages)
 
 
 def _ppo_gae(view: View, lam: Array) -> Fraction:
@@ -220,7 +219,7 @@ def _impala(view: View, lam: Array) -> Fraction:
     rewards, discounts, values = view.steps
     ratio = jax.lax.stop_gradient(jnp.exp(ratios.log_ratio(*view.pair, view.mask)))
     advantages = vtrace(rewards, values, discounts, ratio, lam).advantages
-    return tokens.aggregate(methods.reinforce(view.pair[0], advantages, view.mask), view.mask, SUMS)
+    return _reinforce(view, advantages)
 
 
 def _vapo(view: View, weight: Array) -> Fraction:
@@ -270,13 +269,13 @@ def _returns_with_kl(view: View, beta: Array) -> Fraction:
     last = jnp.where(following, 0, group_advantage(view.rewards, center="loo", scale="none").reshape(-1, 1))
     steps = jnp.where(view.mask, kl.kl_in_reward(last, view.pair[1], view.reference, beta=beta), 0)
     returns = discounted_suffix_sum(steps, jnp.ones_like(steps))
-    return tokens.aggregate(methods.reinforce(view.pair[0], returns, view.mask), view.mask, SUMS)
+    return _reinforce(view, returns)
 
 
 RACERS: dict[str, Racer] = {
-    "REINFORCE": _score(lambda v, _: v.rewards.ravel()),
+    "REINFORCE": _score(lambda v: v.rewards.ravel()),
     "REINFORCE, value": _score(_value_baseline),
-    "REINFORCE, group": _score(lambda v, _: group_advantage(v.rewards, center="loo", scale="none").ravel()),
+    "REINFORCE, group": _score(lambda v: group_advantage(v.rewards, center="loo", scale="none").ravel()),
     "ReMax": Racer(SCORES, _remax, epochs=1),
     "OPO": Racer(SCORES, lambda v, _: group_methods.opo(*v.groups_alone), epochs=1),
     "GPG": Racer(SCORES, _gpg, epochs=1),

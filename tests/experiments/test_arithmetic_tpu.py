@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from esscher.core import meshes, sweeps, tokens
 from esscher.core.sequences import Tokens
-from esscher.experiments import arithmetic, policies, preference, setups, supervised
+from esscher.experiments import arithmetic, policies, preference, reinforcement, rollouts, setups, supervised
 from esscher.models import decoder
 
 pytest.importorskip("libtpu", reason="compiling for TPU needs libtpu: pip install 'esscher[tpu]' (Linux, x86-64)")
@@ -98,6 +98,33 @@ def test_learning_from_pairs_compiles_for_a_slice_with_adapters_in_a_sweep():
     part = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(program.state))
     assert step.memory_analysis().alias_size_in_bytes > 0.9 * part
     logits = ROWS * 3 * LENGTH * MODERATE.vocabulary * 4 / 4  # of a member, on each of its four devices
+    assert step.memory_analysis().temp_size_in_bytes < logits
+
+
+def test_learning_from_rewards_compiles_for_a_slice_without_room_for_the_logits(mesh):
+    config = dataclasses.replace(
+        arithmetic.settled(arithmetic.Config(stage="rl", model="-")),
+        dtype="bfloat16",
+        group=4,
+        reference=True,
+        remat=True,
+    )
+    policy = policies.full(MODERATE, sharded_parameters(mesh, jnp.float32))
+    setup = setups.Setup(None, None, (1,), policy, None, [], [])
+    objective, advantage = reinforcement.resolve(config)
+    reference = sharded_parameters(mesh, jnp.float32)
+    program = reinforcement.learning(config, setup, objective, advantage, mesh, sweeps.grid(config.hyper), reference)
+    prompt, answers = (ROWS, LENGTH // 2), (ROWS, 4, LENGTH // 2)
+    kinds = ((prompt, jnp.int32), (prompt, bool), (answers, jnp.int32), (answers, bool), (answers, jnp.float32))
+    played = rollouts.Rollouts(*(abstract(mesh, meshes.BATCH, *kind) for kind in kinds))
+    key = abstract(mesh, PartitionSpec(), (), jax.random.key(0).dtype)
+    values = {name: abstract(mesh, PartitionSpec(), ()) for name in vars(config.hyper)}
+    batch = (played, abstract(mesh, meshes.BATCH, (ROWS, 4)))
+    step = program.step.lower(program.state, key, batch, values, reference).compile()
+    leaves = jax.tree.leaves(program.state)
+    part = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    assert step.memory_analysis().alias_size_in_bytes > 0.9 * part
+    logits = ROWS * 4 * LENGTH * MODERATE.vocabulary * 4 / 8  # split over all devices
     assert step.memory_analysis().temp_size_in_bytes < logits
 
 
