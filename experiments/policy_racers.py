@@ -62,6 +62,11 @@ class View(NamedTuple):
         return self.task.mask[self.index.ravel()]
 
     @property
+    def following(self) -> Array:
+        """The mask of the tokens after each, `[P G, T]`: 0 at the last one."""
+        return jnp.pad(self.mask[:, 1:], ((0, 0), (0, 1)))
+
+    @property
     def pair(self) -> tuple[Array, Array]:
         """Log-probabilities of tokens under the policy and under the author, `[P G, T]` each."""
         return tuple(string_logps(self.task, x)[self.index.ravel()] for x in (self.logits, self.old))
@@ -88,8 +93,7 @@ class View(NamedTuple):
     @property
     def steps(self) -> tuple[Array, Array, Array]:
         """Rewards and discounts of each token, `[P G, T]`, and the author's exact values, `[P G, T + 1]`."""
-        following = jnp.pad(self.mask[:, 1:], ((0, 0), (0, 1)))
-        rewards = jnp.where(self.mask & ~following, self.rewards.reshape(-1, 1), 0)
+        rewards = jnp.where(self.mask & ~self.following, self.rewards.reshape(-1, 1), 0)
         law = jnp.exp(string_logps(self.task, self.old).sum(-1))
 
         def through(weight: Array) -> Array:  # each row of the table: of the strings that pass it
@@ -98,7 +102,7 @@ class View(NamedTuple):
 
         by_row = through(law * self.task.reward) / jnp.maximum(through(law), jnp.finfo(law.dtype).tiny)
         values = jnp.where(self.mask, by_row[self.task.rows[self.index.ravel()]], 0)
-        return rewards, following.astype(values.dtype), jnp.pad(values, ((0, 0), (0, 1)))
+        return rewards, self.following.astype(values.dtype), jnp.pad(values, ((0, 0), (0, 1)))
 
 
 class Racer(NamedTuple):
@@ -265,8 +269,8 @@ def _a2po(view: View, beta: Array) -> Fraction:
 
 
 def _returns_with_kl(view: View, beta: Array) -> Fraction:
-    following = jnp.pad(view.mask[:, 1:], ((0, 0), (0, 1)))
-    last = jnp.where(following, 0, group_advantage(view.rewards, center="loo", scale="none").reshape(-1, 1))
+    advantages = group_advantage(view.rewards, center="loo", scale="none").reshape(-1, 1)
+    last = jnp.where(view.following, 0, advantages)
     steps = jnp.where(view.mask, kl.kl_in_reward(last, view.pair[1], view.reference, beta=beta), 0)
     returns = discounted_suffix_sum(steps, jnp.ones_like(steps))
     return _reinforce(view, returns)
@@ -274,14 +278,14 @@ def _returns_with_kl(view: View, beta: Array) -> Fraction:
 
 RACERS: dict[str, Racer] = {
     "REINFORCE": _score(lambda v: v.rewards.ravel()),
-    "REINFORCE, value": _score(_value_baseline),
-    "REINFORCE, group": _score(lambda v: group_advantage(v.rewards, center="loo", scale="none").ravel()),
+    "REINFORCE (value)": _score(_value_baseline),
+    "REINFORCE (group)": _score(lambda v: group_advantage(v.rewards, center="loo", scale="none").ravel()),
     "ReMax": Racer(SCORES, _remax, epochs=1),
     "OPO": Racer(SCORES, lambda v, _: group_methods.opo(*v.groups_alone), epochs=1),
     "GPG": Racer(SCORES, _gpg, epochs=1),
     "A2C": Racer(CRITICS, _a2c, (0.0, 0.5, 1.0), epochs=1),
     "IMPALA": Racer(CRITICS, _impala, (0.0, 0.5, 1.0)),
-    "PPO, GAE": Racer(CRITICS, _ppo_gae, (0.0, 0.5, 1.0)),
+    "PPO (GAE)": Racer(CRITICS, _ppo_gae, (0.0, 0.5, 1.0)),
     "VAPO": Racer(CRITICS, _vapo, (0.01, 0.1, 0.3)),
     "GRPO": _group(group_methods.grpo),
     "Dr. GRPO": _group(group_methods.dr_grpo, length=4.0),
@@ -296,7 +300,7 @@ RACERS: dict[str, Racer] = {
         TOKENS, "token-mean", lambda v, a, _: policy_gradient(*v.on(a), link=links.importance_link)
     ),
     "PPO": _ratio(TOKENS, "token-mean", lambda v, a, c: methods.ppo(*v.on(a), low=c, high=c), CLIPS),
-    "PPO, dual clip": _ratio(
+    "PPO (dual clip)": _ratio(
         TOKENS, "token-mean", lambda v, a, dual: methods.ppo(*v.on(a), dual=dual), (1.5, 3.0, 10.0)
     ),
     "Clip-Cov": _ratio(
@@ -327,7 +331,7 @@ RACERS: dict[str, Racer] = {
         lambda v, a, c: methods.vespo(*v.on(a), positive=(2 * c, 3 * c), negative=(3 * c, 2 * c)),
         (0.5, 1.0, 2.0),
     ),
-    "REINFORCE, +1 or -1": _signed(1.0, 1.0),
+    "REINFORCE (+1 or -1)": _signed(1.0, 1.0),
     "PSR": _signed(1.0, 0.0),
     "NSR": _signed(0.0, 1.0),
     "W-REINFORCE": _signed(None, 1.0),
@@ -346,11 +350,11 @@ RACERS: dict[str, Racer] = {
     ),
     "MPO": Racer(REGRESSION, _mpo, TEMPERATURES, epochs=1),
     "V-MPO": Racer(REGRESSION, _vmpo, TEMPERATURES, epochs=1),
-    "GRPO, k1 in loss": _grpo_kl("k1"),
-    "GRPO, k2 in loss": _grpo_kl("k2"),
-    "GRPO, k3 in loss": _grpo_kl("k3"),
-    "GRPO, R k3 in loss": _grpo_kl("k3", corrected=True),
-    "RLOO, k1 in reward": Racer(
+    "GRPO (k1 in loss)": _grpo_kl("k1"),
+    "GRPO (k2 in loss)": _grpo_kl("k2"),
+    "GRPO (k3 in loss)": _grpo_kl("k3"),
+    "GRPO (R k3 in loss)": _grpo_kl("k3", corrected=True),
+    "RLOO (k1 in reward)": Racer(
         DIVERGENCE,
         lambda v, beta: group_methods.rloo(*v.groups, logp_ref=v.reference, beta=beta),
         TEMPERATURES,

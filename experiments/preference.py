@@ -149,7 +149,7 @@ def run(config: Any, mesh: Mesh) -> None:
     objective = resolve(config.objective, config.options)
     sweep = sweeps.grid(vars(config.hyper) | named.swept(objective), divisor=mesh.shape["sweep"])
     setup = setups.prepare(config, mesh)
-    kept = pathlib.Path(config.runs, "arithmetic", config.name, "pairs.npz")
+    kept = pathlib.Path(config.runs, setups.experiment(config), config.name, "pairs.npz")
     if known := kept.exists():
         pairs = preference_pairs.load(kept)
     else:
@@ -191,7 +191,7 @@ def _evaluate(
         options = {"key": jax.random.key(config.seed + 1), "samples": config.samples}
         solved = solving.solve(setup, trainable, mesh, **options)
         sections |= solving.report(folder, solved)
-    reporting.write_report(folder, f"arithmetic: {config.name}", sections)
+    reporting.write_report(folder, f"arithmetic, dpo: {config.name}", sections)
 
 
 def _summary(config: Any, pairs: Pairs) -> str:

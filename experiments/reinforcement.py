@@ -298,4 +298,4 @@ def _evaluate(
         file="health.png",
     )
     sections = {"Rewards": "\n\n".join([text, table, learned, health]), **solving.report(folder, solved)}
-    reporting.write_report(folder, f"arithmetic: {config.name}", sections)
+    reporting.write_report(folder, f"arithmetic, rl: {config.name}", sections)

@@ -10,7 +10,7 @@ from esscher.core.errors import UsageError
 from esscher.experiments import language, policies, runs
 from esscher.models import decoder, hf, hf_files
 
-__all__ = ["Setup", "open_run", "prepare"]
+__all__ = ["Setup", "experiment", "open_run", "prepare"]
 
 MAY_CHANGE = (*runs.MAY_CHANGE, "samples")
 KINDS = {"sft": sequences.Example, "dpo": language.Pair, "rl": language.Problem}  # of the lines of --data
@@ -74,10 +74,15 @@ def _pretrained(config: Any, folder: pathlib.Path, mesh: Mesh) -> policies.Polic
     return policies.full(architecture, params)
 
 
+def experiment(config: Any) -> str:
+    """Name of the folder of a stage's runs, beside those of the others."""
+    return "arithmetic" if config.stage == "sft" else f"arithmetic-{config.stage}"
+
+
 def open_run(config: Any) -> pathlib.Path:
-    """The folder of a run of `arithmetic`, see `reporting.open_run`."""
+    """The folder of a run, see `reporting.open_run`."""
     return reporting.open_run(
-        config, experiment="arithmetic", name=config.name, root=config.runs, may_change=MAY_CHANGE
+        config, experiment=experiment(config), name=config.name, root=config.runs, may_change=MAY_CHANGE
     )
 
 

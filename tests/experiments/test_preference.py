@@ -52,7 +52,7 @@ def from_file(config, tmp_path):
 
 
 def folder(config):
-    return config.runs / "arithmetic" / config.name
+    return config.runs / "arithmetic-dpo" / config.name
 
 
 def prepared(config, mesh=None):

@@ -61,7 +61,7 @@ def from_file(config, tmp_path):
 
 
 def folder(config):
-    return config.runs / "arithmetic" / config.name
+    return config.runs / "arithmetic-rl" / config.name
 
 
 def prepared(config):
