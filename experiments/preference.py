@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from esscher.core import data, reporting, sequences, sweeps
+from esscher.core import reporting, sequences, sweeps
 from esscher.experiments import named, policies, preference_pairs, runs, setups, solving
 from esscher.experiments.named import Named
 from esscher.experiments.preference_pairs import Pairs
@@ -159,12 +159,10 @@ def run(config: Any, mesh: Mesh) -> None:
     folder = setups.open_run(config)
     if not known:
         preference_pairs.save(kept, pairs)
-    source = data.batches(data.Table(pairs.train), batch_size=config.batch_size, seed=config.seed)
     prompts, answers = zip(*setup.test, strict=True)
     judged: dict[str, Any] = {"pairs": pairs.test}
     judged |= {"prompt": sequences.pad_left(prompts), "answer": sequences.pad_right(answers)}
-    constants, pretrained = setup.policy.constants, setup.policy.pretrained
-    trained = runs.train(config, program, mesh, sweep, source, judged, folder, constants, pretrained)
+    trained = setups.train(config, setup, program, mesh, sweep, pairs.train, judged, folder)
     if trained is not None:
         _evaluate(config, setup, mesh, sweep, trained, pairs, folder)
         reporting.print_results(folder)

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from esscher.core import data, meshes, reporting, sequences, sweeps, tokens
+from esscher.core import meshes, reporting, sequences, sweeps, tokens
 from esscher.core.errors import UsageError
 from esscher.experiments import named, policies, rollouts, runs, setups, solving
 from esscher.experiments.named import Named
@@ -249,10 +249,8 @@ def run(config: Any, mesh: Mesh) -> None:
         validate=_judge(config, setup, verifier, length, mesh, sweep),
     )
     folder = setups.open_run(config)
-    source = data.batches(data.Table(_columns(setup.train)), batch_size=config.batch_size, seed=config.seed)
-    constants = (*policy.constants, reference)
-    judged = _columns(setup.test)
-    trained = runs.train(config, program, mesh, sweep, source, judged, folder, constants, policy.pretrained)
+    columns, judged = _columns(setup.train), _columns(setup.test)
+    trained = setups.train(config, setup, program, mesh, sweep, columns, judged, folder, reference)
     if trained is not None:
         _evaluate(config, setup, verifier, length, mesh, sweep, trained, reference, folder)
         reporting.print_results(folder)

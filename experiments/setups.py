@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from esscher.core import reporting, sequences
+from esscher.core import data, reporting, sequences, sweeps
 from esscher.core.errors import UsageError
 from esscher.experiments import language, policies, runs
 from esscher.models import decoder, hf, hf_files
 
-__all__ = ["Setup", "experiment", "open_run", "prepare"]
+__all__ = ["Setup", "experiment", "open_run", "prepare", "train"]
 
 MAY_CHANGE = (*runs.MAY_CHANGE, "samples")
 KINDS = {"sft": sequences.Example, "dpo": language.Pair, "rl": language.Problem}  # of the lines of --data
@@ -84,6 +84,23 @@ def open_run(config: Any) -> pathlib.Path:
     return reporting.open_run(
         config, experiment=experiment(config), name=config.name, root=config.runs, may_change=MAY_CHANGE
     )
+
+
+def train(
+    config: Any,
+    setup: Setup,
+    program: runs.Program,
+    mesh: Mesh,
+    sweep: sweeps.Sweep,
+    columns: dict[str, Any],
+    held_out: Any,
+    folder: pathlib.Path,
+    *constants: Any,
+) -> runs.Trained | None:
+    """`runs.train` on the rows of a table, with the policy's constants and then others."""
+    source = data.batches(data.Table(columns), batch_size=config.batch_size, seed=config.seed)
+    every = (*setup.policy.constants, *constants)
+    return runs.train(config, program, mesh, sweep, source, held_out, folder, every, setup.policy.pretrained)
 
 
 def _check_fit(config: Any, policy: policies.Policy, example: sequences.Example, ids: list[int]) -> None:

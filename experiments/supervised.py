@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from esscher.core import data, reporting, sequences, sweeps, tokens
+from esscher.core import reporting, sequences, sweeps, tokens
 from esscher.experiments import policies, runs, setups, solving
 from esscher.experiments.setups import Setup
 from esscher.samplers import decoding
@@ -69,9 +69,7 @@ def run(config: Any, mesh: Mesh) -> None:
     judged = held_out(config, setup, mesh.shape["data"] * mesh.shape["fsdp"])
     program = fine_tuning(config, setup, mesh, sweep)
     folder = setups.open_run(config)
-    source = data.batches(data.Table(packed), batch_size=config.batch_size, seed=config.seed)
-    constants, pretrained = setup.policy.constants, setup.policy.pretrained
-    trained = runs.train(config, program, mesh, sweep, source, judged, folder, constants, pretrained)
+    trained = setups.train(config, setup, program, mesh, sweep, packed, judged, folder)
     if trained is not None:
         _evaluate(config, setup, mesh, sweep, trained, packed, folder)
         reporting.print_results(folder)

@@ -1,5 +1,9 @@
 """What the stages of the arithmetic experiment go on from."""
 
+import json
+import pathlib
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +12,8 @@ import pytest
 from esscher.core import sequences
 from esscher.experiments import language, policies
 from esscher.models import decoder
+
+LLAMA = pathlib.Path(__file__).parents[1] / "models" / "fixtures" / "llama"
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +39,26 @@ def model(tmp_path_factory):
         params = step(params, rate)
     policies.save(folder, policy, params, tokenizer, (language.END,))
     return str(folder)
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """Folder of a tiny Llama, with a tokenizer of few of its 67 tokens."""
+    folder = tmp_path / "llama"
+    shutil.copytree(LLAMA, folder)
+    language.tokenizer_of("+", 10).save(str(folder / "tokenizer.json"))
+    content = json.loads((folder / "config.json").read_text()) | {"eos_token_id": language.END}
+    (folder / "config.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+@pytest.fixture
+def write_lines(tmp_path):
+    """Writes objects into a jsonl file of the given name."""
+
+    def write(name, lines):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return path
+
+    return write

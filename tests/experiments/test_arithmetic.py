@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import shutil
 import signal
 
 import jax
@@ -33,16 +32,10 @@ def config(tmp_path):
 
 
 @pytest.fixture
-def pretrained(config, tmp_path):
-    """A configuration that fine-tunes a tiny Llama, with a tokenizer of few of its 67 tokens, on sums in a file."""
-    model, data = tmp_path / "llama", tmp_path / "sums.jsonl"
-    shutil.copytree(LLAMA, model)
-    language.tokenizer_of("+", 10).save(str(model / "tokenizer.json"))
-    content = json.loads((model / "config.json").read_text()) | {"eos_token_id": language.END}
-    (model / "config.json").write_text(json.dumps(content))
-    data.write_text("".join(json.dumps(x._asdict()) + "\n" for x in language.arithmetic(1, "+", 10, 99, 0).test))
-    hyper = arithmetic.Hyper(lr=(1e-2,))
-    return dataclasses.replace(config, model=str(model), data=data, hyper=hyper, steps=20)
+def pretrained(config, llama, write_lines):
+    """A configuration that fine-tunes a tiny Llama on sums in a file."""
+    data = write_lines("sums.jsonl", [x._asdict() for x in language.arithmetic(1, "+", 10, 99, 0).test])
+    return dataclasses.replace(config, model=llama, data=data, hyper=arithmetic.Hyper(lr=(1e-2,)), steps=20)
 
 
 def folder(config):

@@ -1,8 +1,6 @@
 """The dpo stage finds pairs, asks the reference once, learns, resumes bitwise, and is the same on any mesh."""
 
 import dataclasses
-import json
-import pathlib
 import shutil
 
 import jax
@@ -14,7 +12,6 @@ from esscher.core import meshes, reporting, sweeps
 from esscher.core.errors import UsageError
 from esscher.experiments import arithmetic, language, policies, preference, preference_pairs, setups
 
-LLAMA = pathlib.Path(__file__).parents[1] / "models" / "fixtures" / "llama"
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 TINY = arithmetic.Config(
@@ -38,17 +35,11 @@ def config(tmp_path, model):
 
 
 @pytest.fixture
-def from_file(config, tmp_path):
+def from_file(config, llama, write_lines):
     """Pairs of a file for a tiny Llama with an adapter: the right sum against zeros."""
-    folder, data = tmp_path / "llama", tmp_path / "pairs.jsonl"
-    shutil.copytree(LLAMA, folder)
-    language.tokenizer_of("+", 10).save(str(folder / "tokenizer.json"))
-    content = json.loads((folder / "config.json").read_text()) | {"eos_token_id": language.END}
-    (folder / "config.json").write_text(json.dumps(content))
     lines = [{"prompt": f"{a}+{b}=", "chosen": str(a + b), "rejected": "000"} for a in range(10) for b in range(10)]
-    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     hyper = arithmetic.Hyper(lr=(1e-2,), keep=(1.0,))
-    return dataclasses.replace(config, model=str(folder), data=data, lora=2, hyper=hyper)
+    return dataclasses.replace(config, model=llama, data=write_lines("pairs.jsonl", lines), lora=2, hyper=hyper)
 
 
 def folder(config):

@@ -1,8 +1,6 @@
 """The rl stage samples, verifies and learns; by any objective, in sweeps, on any mesh, with adapters and hints."""
 
 import dataclasses
-import json
-import pathlib
 import shutil
 
 import jax
@@ -23,7 +21,6 @@ from esscher.experiments import (
 )
 from esscher.objectives import policy as objectives
 
-LLAMA = pathlib.Path(__file__).parents[1] / "models" / "fixtures" / "llama"
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 TINY = arithmetic.Config(
@@ -48,16 +45,10 @@ def config(tmp_path, model):
 
 
 @pytest.fixture
-def from_file(config, tmp_path):
+def from_file(config, llama, write_lines):
     """Sums of a file for a tiny Llama with an adapter."""
-    folder, data = tmp_path / "llama", tmp_path / "sums.jsonl"
-    shutil.copytree(LLAMA, folder)
-    language.tokenizer_of("+", 10).save(str(folder / "tokenizer.json"))
-    content = json.loads((folder / "config.json").read_text()) | {"eos_token_id": language.END}
-    (folder / "config.json").write_text(json.dumps(content))
     lines = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(10) for b in range(10)]
-    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return dataclasses.replace(config, model=str(folder), data=data, lora=2)
+    return dataclasses.replace(config, model=llama, data=write_lines("sums.jsonl", lines), lora=2)
 
 
 def folder(config):
