@@ -13,6 +13,7 @@ from esscher.core.errors import UsageError
 __all__ = [
     "AXES",
     "RULES",
+    "from_first",
     "gather",
     "like_parameters",
     "make",
@@ -181,6 +182,15 @@ def gather(tree: Any) -> Any:
     from jax.experimental import multihost_utils
 
     return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def from_first(array: Any) -> Any:
+    """What process 0 gave, on every process; the others give an array of the same shape and type."""
+    if jax.process_count() == 1:
+        return array
+    from jax.experimental import multihost_utils
+
+    return jax.device_get(multihost_utils.broadcast_one_to_all(array))
 
 
 def _is_spec(node: Any) -> bool:

@@ -128,6 +128,9 @@ def settled(config: Config) -> Config:
     for name, stages in BELONGS.items():
         if config.stage not in stages and getattr(config, name) != getattr(Config(), name):
             raise UsageError(f"--{name.replace('_', '-')} belongs to --stage {' or '.join(stages)}")
+    for name in ("prompts", "judge"):
+        if config.data is not None and getattr(config, name) != getattr(Config(), name):
+            raise UsageError(f"--{name} is for answers that are sampled: the pairs of --data are taken as they are")
     if config.stage != "dpo" and config.hyper.keep != Hyper().keep:
         raise UsageError("--hyper.keep belongs to --stage dpo")
     if config.stage != "sft" and config.model is None:

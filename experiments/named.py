@@ -53,7 +53,10 @@ def resolve(place: Place, path: str, options: Sequence[str] = ()) -> Named:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError) as error:
         raise UsageError(f"{place.flag} {path} is no function of arrays") from error
+    parameters = {name: p for name, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     given = dict(_parse(place, option) for option in options)
+    if len(given) < len(options):
+        raise UsageError(f"{place.options}: an option is given twice; several numbers go together, e.g. beta=0.1,0.2")
     if unknown := [name for name in given if name not in parameters or name in place.known]:
         free = ", ".join(name for name in parameters if name not in place.known) or "none"
         raise UsageError(f"{place.options}: {path} has no option {unknown[0]!r}; it has {free}")

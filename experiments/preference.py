@@ -150,6 +150,8 @@ def run(config: Any, mesh: Mesh) -> None:
     sweep = sweeps.grid(vars(config.hyper) | named.swept(objective), divisor=mesh.shape["sweep"])
     setup = setups.prepare(config, mesh)
     kept = pathlib.Path(config.runs, setups.experiment(config), config.name, "pairs.npz")
+    if kept.parent.exists():
+        setups.open_run(config)  # before pairs are made for a run that was begun with other flags
     if known := kept.exists():
         pairs = preference_pairs.load(kept)
     else:

@@ -1,6 +1,7 @@
 """Learning from verified rewards: sample answers, verify them, and take the steps of any policy loss."""
 
 import functools
+import inspect
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ from esscher.experiments import named, policies, rollouts, runs, setups, solving
 from esscher.experiments.named import Named
 from esscher.experiments.rollouts import Rollouts
 from esscher.experiments.setups import Setup
-from esscher.objectives.policy import kl
+from esscher.objectives.policy import keep_mixed_groups, kl_estimate
 from esscher.samplers import decoding
 
 __all__ = ["learning", "resolve", "run"]
@@ -48,6 +49,7 @@ def resolve(config: Any) -> tuple[Named, Named]:
     place = WITH_REFERENCE if config.reference else OBJECTIVE
     objective = named.resolve(place, config.objective, config.options)
     advantage = named.resolve(ADVANTAGE, config.advantage, config.advantage_options)
+    _refuse_idle(config, objective)
     rewards, logp, mask = jnp.zeros((2, 4)), jnp.zeros((8, 3)), jnp.ones((8, 3), bool)
     options = {name: jnp.ones(()) for name in [*named.swept(objective), *named.swept(advantage)]}
     find = functools.partial(advantages, advantage, hyper=options)
@@ -56,6 +58,21 @@ def resolve(config: Any) -> tuple[Named, Named]:
     attempt = functools.partial(mean_loss, objective, config.reduce, hyper=options, length=3)
     named.attempt(objective, attempt, rewards, logp, logp, logp, rewards, mask)
     return objective, advantage
+
+
+def _refuse_idle(config: Any, objective: Named) -> None:
+    """Raises a UsageError for flags that the objective would not hear of."""
+    path, asks = config.objective, objective.arguments
+    if config.reference and "logp_ref" not in asks:
+        raise UsageError(f"--reference: {path} does not ask for logp_ref; leave the flag out")
+    optional = "logp_ref" in inspect.signature(objective.function).parameters
+    idle = [name for name in ("beta", "kl") if name in objective.fixed or name in objective.numbers]
+    if optional and idle and not config.reference:
+        raise UsageError(f"--options {idle[0]}=... of {path} needs --reference, from which the divergence is taken")
+    if config.epochs > 1 and "logp_old" not in asks:
+        raise UsageError(f"--objective {path} is for answers of the policy itself (no logp_old): give --epochs 1")
+    if "advantages" not in asks and (config.advantage, config.advantage_options) != ("group_advantage", ()):
+        raise UsageError(f"--advantage and --advantage-options: {path} has its own advantages")
 
 
 def advantages(advantage: Named, rewards: Array, hyper: dict[str, Array]) -> Array:
@@ -91,6 +108,8 @@ def mean_loss(
             )
         found = tokens.aggregate(found, mask, reduce, length=float(length) if reduce == "constant" else None)
     numerator, denominator = found
+    if jnp.shape(numerator) or jnp.shape(denominator):
+        raise ValueError(f"gives {jnp.shape(numerator)} and {jnp.shape(denominator)} in place of two numbers")
     return numerator / jnp.where(denominator > 0, denominator, 1)
 
 
@@ -132,11 +151,11 @@ def learning(
         moved = jnp.where(mask, jnp.abs(jnp.expm1(logp - old)) > 0.2, False)
         count = jnp.maximum(mask.sum(), 1)
         return value, {
-            "reward": rewards.mean(),
+            "reward": jnp.nanmean(rewards),
             "entropy": -jnp.where(mask, logp, 0).sum() / count,
             "length": mask.sum() / len(mask),
             "clip_fraction": moved.sum() / count,
-            "zero_variance": jnp.mean(rewards.max(-1) == rewards.min(-1), dtype=jnp.float32),
+            "zero_variance": jnp.mean(~keep_mixed_groups(rewards), dtype=jnp.float32),
         }
 
     policy = setup.policy
@@ -179,7 +198,7 @@ def _stepper(
         wanted = [completions[i] for i in meshes.gather(batch["index"])]
         played = sample(state, key, batch, *constants[:-1])
         rewards = rollouts.verify(setup, verifier, played, wanted)
-        if config.hint and np.any(rewards.max(-1) <= 0):
+        if config.hint and rollouts.unsolved(rewards).any():
             hinted = with_hints(state, key, batch, *constants[:-1])
             played = replace_failed(played, hinted, rollouts.place(rewards, where))
             rewards = rollouts.verify(setup, verifier, played, wanted)
@@ -201,7 +220,7 @@ def _judge(
         greedy = generate(key, params, batch["prompt"], batch["mask"], *constants, n=1, choose=decoding.greedy)
         played = sample(params, key, batch["prompt"], batch["mask"], batch["answer"], *constants)
         ref, mask = answer_logps(config, setup, reference, played, constants)
-        divergence = kl.kl_estimate(played.logp.reshape(mask.shape), ref, "k3")
+        divergence = kl_estimate(played.logp.reshape(mask.shape), ref, "k3")
         answers = Rollouts(batch["prompt"], batch["mask"], greedy.tokens, greedy.mask, greedy.logp)
         return answers, jnp.where(mask, divergence, 0).sum(-1).mean()
 
@@ -210,8 +229,8 @@ def _judge(
 
     def validate(params: Any, key: Array, batch: Any, hyper: Any, *constants: Any) -> dict[str, Any]:
         answers, divergence = judge(params, key, batch, *constants)
-        reward = rollouts.verify(setup, verifier, answers, wanted).mean((-2, -1))
-        return {"validation_reward": reward, "validation_loss": -reward, "kl": divergence}
+        reward = np.nan_to_num(rollouts.verify(setup, verifier, answers, wanted)).mean((-2, -1))
+        return {"validation_reward": reward, "validation_loss": -reward, "kl": meshes.gather(divergence)}
 
     return validate
 
@@ -236,13 +255,11 @@ def run(config: Any, mesh: Mesh) -> None:
     hyper = vars(config.hyper) | named.swept(objective) | named.swept(advantage)
     sweep = sweeps.grid(hyper, divisor=mesh.shape["sweep"])
     setup = setups.prepare(config, mesh)
-    shortest = min(len(example.completion) for example in setup.train)
-    if config.hint >= shortest:
-        raise UsageError(f"--hint must be below {shortest}, the tokens of the shortest answer, got {config.hint}")
     length = config.tokens or max(len(example.completion) for example in setup.train + setup.test)
-    policy = setup.policy
-    # An adapter adds nothing at its start, so that the reference costs a copy of the model only where all is trained.
-    reference = jax.jit(policy.initialize)(jax.random.key(0), *policy.pretrained)
+    shortest = min(length, *(len(example.completion) for example in setup.train))
+    if not 0 <= config.hint < shortest:
+        raise UsageError(f"--hint must be 0 to {shortest - 1}, below the tokens of the shortest answer or --tokens")
+    reference = _reference(setup, mesh)
     program = learning(config, setup, objective, advantage, mesh, sweep, reference)
     program = program._replace(
         step=_stepper(config, setup, program.step, verifier, length, mesh, sweep),
@@ -254,6 +271,15 @@ def run(config: Any, mesh: Mesh) -> None:
     if trained is not None:
         _evaluate(config, setup, verifier, length, mesh, sweep, trained, reference, folder)
         reporting.print_results(folder)
+
+
+def _reference(setup: Setup, mesh: Mesh) -> Any:
+    """The trainable parameters at the start: those of the model, or an adapter, which adds nothing then."""
+    policy, key = setup.policy, jax.random.key(0)
+    if policy.pretrained:
+        return policy.pretrained[0]
+    specs = meshes.parameter_specs(policy.axes, jax.eval_shape(policy.initialize, key), mesh)
+    return jax.jit(policy.initialize, out_shardings=meshes.shardings(mesh, specs))(key)
 
 
 def _evaluate(
@@ -274,16 +300,18 @@ def _evaluate(
     policies.save(folder / "model", setup.policy, trainable, setup.tokenizer, setup.stop, setup.origin)
     options = {"key": jax.random.key(config.seed + 1), "samples": config.samples, "length": length}
     before, solved = (solving.solve(setup, each, mesh, verifier=verifier, **options) for each in (reference, trainable))
-    rows = [["reference", float(before.exact_match.mean()), float(before.correct.mean()), 0.0]]
+    greedy = np.nanmean([verifier(a, x.completion) for a, x in zip(before.greedy, before.examples, strict=True)])
+    rows = [["reference", float(greedy), float(before.correct.mean()), 0.0]]
     for i, label in enumerate(sweep.labels):
         sampled = float(solved.correct.mean()) if i == best else "-"
         rows.append([label or "this run", float(rewards[i]), sampled, float(divergence[i])])
     text = (
         f"{config.objective}, {config.steps} steps of {config.batch_size} problems with {config.group} answers each, "
-        f"{config.epochs} updates on each step's answers. Solved are problems held out: greedily, and by one sample "
-        "(pass@1) of the best run. The divergence is from the reference, the model at the start, in nats per answer."
+        f"{config.epochs} updates on each step's answers. On problems held out: the mean reward of greedy answers, the "
+        "share of samples that are right (pass@1), of the best run, and the divergence from the reference, the model "
+        "at the start, in nats per answer."
     )
-    table = reporting.table(["run", "solved greedily", "pass@1", "KL to the reference"], rows)
+    table = reporting.table(["run", "greedy reward", "pass@1", "KL to the reference"], rows)
     learned = runs.curves(
         folder, sweep, ("reward", "validation_reward", "kl"), "Reward while learning and held out, and divergence"
     )

@@ -9,11 +9,11 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
-from esscher.core import meshes, sweeps
+from esscher.core import meshes, reporting, sweeps
 from esscher.experiments import language, policies
 from esscher.experiments.setups import Setup
 
-__all__ = ["Rollouts", "layout", "place", "replace_failed", "sampler", "verify"]
+__all__ = ["Rollouts", "layout", "place", "replace_failed", "sampler", "unsolved", "verify"]
 
 Verifier = Callable[[str, str], float]
 
@@ -51,13 +51,15 @@ def sampler(setup: Setup, length: int, group: int, hint: int = 0) -> Callable[..
 
 
 def verify(setup: Setup, verifier: Verifier, rollouts: Rollouts, wanted: Sequence[str]) -> np.ndarray:
-    """Rewards of answers by their texts, `[P, G]` or `[S, P, G]`; on the host, the same on every process."""
+    """Rewards of answers by their texts, `[P, G]` or `[S, P, G]`; process 0 asks the verifier, and tells the others."""
     tokens, mask = meshes.gather((rollouts.tokens, rollouts.mask))
     shape, length = tokens.shape[:-1], tokens.shape[-1]
+    if not reporting.writes():
+        return meshes.from_first(np.zeros(shape, np.float32))
     texts = language.decode(setup.tokenizer, tokens.reshape(-1, length), mask.reshape(-1, length))
     prompts = np.broadcast_to(np.arange(shape[-2])[:, None], shape).ravel()
     rewards = [verifier(text, wanted[i]) for text, i in zip(texts, prompts, strict=True)]
-    return np.array(rewards, np.float32).reshape(shape)
+    return meshes.from_first(np.array(rewards, np.float32).reshape(shape))
 
 
 def layout(mesh: Mesh, sweep: sweeps.Sweep) -> NamedSharding:
@@ -70,9 +72,14 @@ def place(rewards: np.ndarray, where: NamedSharding) -> Array:
     return jax.make_array_from_callback(rewards.shape, where, rewards.__getitem__)
 
 
+def unsolved(rewards: Any) -> Any:
+    """Which groups hold no reward above 0; one that is NaN is none."""
+    return ~(rewards > 0).any(-1)
+
+
 def replace_failed(rollouts: Rollouts, hinted: Rollouts, rewards: Array) -> Rollouts:
     """Hinted answers to the prompts that no answer without a hint has solved."""
-    failed = (rewards.max(-1) <= 0)[..., None, None]
+    failed = unsolved(rewards)[..., None, None]
     pick = lambda plain, other: jnp.where(failed, other, plain)  # noqa: E731
     answers = (pick(*pair) for pair in zip(rollouts[2:], hinted[2:], strict=True))
     return Rollouts(rollouts.prompt, rollouts.prompt_mask, *answers)

@@ -81,8 +81,9 @@ def experiment(config: Any) -> str:
 
 def open_run(config: Any) -> pathlib.Path:
     """The folder of a run, see `reporting.open_run`."""
+    may_change = runs.MAY_CHANGE if config.stage == "dpo" else MAY_CHANGE  # the samples are where its pairs come from
     return reporting.open_run(
-        config, experiment=experiment(config), name=config.name, root=config.runs, may_change=MAY_CHANGE
+        config, experiment=experiment(config), name=config.name, root=config.runs, may_change=may_change
     )
 
 

@@ -90,9 +90,9 @@ def attempts(solved: Solved) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     winner = np.full(len(correct), n, np.int32)  # beyond the answers given, where none is right
     for row, (answers, right) in enumerate(zip(solved.sampled, correct, strict=True)):
         ids = np.unique([answer.strip() for answer in answers], return_inverse=True)[1]
-        counts[row] = np.bincount(ids, minlength=n)
         if right.any():
-            winner[row] = ids[right][0]
+            ids[right] = winner[row] = ids[right][0]  # right in other words is one answer
+        counts[row] = np.bincount(ids, minlength=n)
     vote = jax.jit(voting.maj_at_k, static_argnums=2)  # op by op it takes seconds
     majority = [float(np.mean(vote(jnp.asarray(counts), jnp.asarray(winner), int(k)))) for k in budgets]
     return budgets, np.array(passed), np.array(majority)

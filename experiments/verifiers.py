@@ -1,10 +1,11 @@
 """What an answer is worth: functions of two texts, `(answer, wanted) -> reward`, for `--verifier`."""
 
+import decimal
 import re
 
 __all__ = ["exact", "last_number"]
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(r"(?<![\d.])-?\d[\d,]*(?:\.\d+)?")  # after a digit a - is no sign
 
 
 def exact(answer: str, wanted: str) -> float:
@@ -25,5 +26,5 @@ def last_number(answer: str, wanted: str) -> float:
     numbers = [NUMBER.findall(text) for text in (answer, wanted)]
     if not all(numbers):
         return 0.0
-    first, second = (float(found[-1].replace(",", "")) for found in numbers)
+    first, second = (decimal.Decimal(found[-1].replace(",", "")) for found in numbers)
     return float(first == second)

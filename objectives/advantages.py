@@ -50,9 +50,9 @@ def group_advantage(
         "batch"             std of all rewards of the batch + eps: Lite PPO
         "none"              1: Dr. GRPO
 
-    A group whose rewards are all equal has advantages of 0 under any centring. The libraries differ: TRL has
-    `eps=1e-4`, verl and Tunix `1e-6`, all with `ddof=1`; for a group of one verl takes the reward itself, here it is 0
-    as soon as there is a baseline.
+    A group whose rewards are all equal has advantages of 0 as soon as there is a baseline, and so has a group of one,
+    for which verl takes the reward itself; without a baseline they keep their rewards: a std of 0 divides by 1. The
+    libraries differ: TRL has `eps=1e-4`, verl and Tunix `1e-6`, all with `ddof=1`.
 
     Args:
       rewards: `[P, G]`.
@@ -91,8 +91,10 @@ def group_advantage(
     if scale == "none":
         return centred
     if scale == "group":
-        return centred / (safe_sqrt(tokens.masked_var(shifted, valid, -1, ddof=ddof))[:, None] + eps)
-    return centred / (safe_sqrt(tokens.masked_var(kept, valid, None, ddof=ddof)) + eps)
+        spread = safe_sqrt(tokens.masked_var(shifted, valid, -1, ddof=ddof))[:, None]
+    else:
+        spread = safe_sqrt(tokens.masked_var(kept, valid, None, ddof=ddof))
+    return centred / jnp.where(spread > 0, spread + eps, 1)
 
 
 def _baseline(kept: Array, valid: Array, center: Center, lengths: Array | None) -> Array:
@@ -169,6 +171,7 @@ def gae(rewards: Array, values: Array, discounts: Array, lam: float | Array, *, 
     kept = jnp.ones(rewards.shape, bool) if mask is None else mask != 0
     check_same_shape(rewards=rewards, mask=kept)
     r, v, d = (at_least_float32(x) for x in (rewards, values, discounts))
+    d = jnp.where(kept, d, 0)
     # Over a hole the value of the next step that counts is carried back.
     following = _next_kept(v[:, 1:], jnp.concatenate([kept[:, 1:], jnp.ones_like(kept[:, :1])], 1))
     delta = jnp.where(kept, r + d * following - v[:, :-1], 0)

@@ -6,8 +6,8 @@ r"""Mixtures of imitation and reinforcement: demonstrations, teachers and hints 
 
 Log-probabilities are of single tokens, `[B, T]`, in nats; rewards are `[P, G]`, of `G` answers to each of `P` prompts,
 and rows `[B]`, `B = P G`, hold the answers to one prompt consecutively. A reward above 0 is a right answer, NaN is no
-reward. Rewards, advantages, weights and old log-probabilities are constants. What stands under a mask has no influence.
-Everything is in float32 at least.
+reward. Rewards, advantages, weights and old log-probabilities are constants of the losses. What stands under a mask has
+no influence. Everything is in float32 at least.
 """
 
 from typing import NamedTuple

@@ -134,7 +134,16 @@ def test_rewards_are_those_of_the_texts_in_groups_and_in_sweeps(played):
 
 @pytest.mark.parametrize(
     ("answer", "wanted", "exact", "number"),
-    [("42", " 42\n", 1, 1), ("it is 42.", "42", 0, 1), ("-3", "3", 0, 0), ("1,000", "1000", 0, 1), ("", "7", 0, 0)],
+    [
+        ("42", " 42\n", 1, 1),
+        ("it is 42.", "42", 0, 1),
+        ("-3", "3", 0, 0),
+        ("1,000", "1000", 0, 1),
+        ("", "7", 0, 0),
+        ("999999998000000000", "999999998000000001", 0, 0),  # one number in double precision
+        ("10-3", "3", 0, 1),
+        ("1.50", "1.5", 0, 1),
+    ],
 )
 def test_verifiers(answer, wanted, exact, number):
     assert verifiers.exact(answer, wanted) == exact
@@ -226,7 +235,8 @@ def test_a_resumed_run_ends_where_it_did(config):
 
 def test_members_of_a_sweep_over_devices_have_the_rewards_of_single_runs(from_file, monkeypatch):
     monkeypatch.setattr(runs, "REPORT_EVERY", 5)
-    config = dataclasses.replace(from_file, steps=10, hint=1, verifier="last_number")
+    options = {"reference": True, "options": ("beta=0.1",), "verifier": "last_number"}
+    config = dataclasses.replace(from_file, steps=10, hint=1, **options)
     rates = (1e-4, 1e-2)
     alone = [train_only(config, name=f"{rate}", hyper=arithmetic.Hyper(lr=(rate,))) for rate in rates]
     mesh = "sweep=2,data=2,tensor=2"
@@ -248,11 +258,22 @@ def test_members_of_a_sweep_over_devices_have_the_rewards_of_single_runs(from_fi
         ({"objective": "grop"}, "esscher.objectives.policy has no function 'grop'; close: grpo"),
         ({"objective": "a2po_loss"}, "--objective a2po_loss needs"),
         ({"options": ("scale=nope",)}, "--objective grpo: scale must be"),
-        ({"advantage": "gae"}, "--advantage gae needs values, discounts, lam: give a number or a word by"),
-        ({"advantage_options": ("center=nope",)}, "--advantage group_advantage: center must be"),
+        (
+            {"objective": "ppo", "advantage": "gae"},
+            "--advantage gae needs values, discounts, lam: give a number or a word by",
+        ),
+        ({"objective": "ppo", "advantage_options": ("center=nope",)}, "--advantage group_advantage: center must be"),
         ({"objective": "esscher.objectives.policy.signed_advantage"}, "needs correct"),
         ({"verifier": "nope"}, "--verifier: esscher.experiments.verifiers has no function 'nope'"),
-        ({"hint": 2}, "--hint must be below 2, the tokens of the shortest answer, got 2"),
+        ({"hint": 2}, "--hint must be 0 to 1, below the tokens of the shortest answer"),
+        ({"hint": -1}, "--hint must be 0 to 1, below the tokens of the shortest answer"),
+        ({"hint": 1, "tokens": 1}, "--hint must be 0 to 0, below the tokens of the shortest answer or --tokens"),
+        ({"options": ("beta=0.1",)}, "--options beta=... of grpo needs --reference"),
+        ({"objective": "ppo", "reference": True}, "--reference: ppo does not ask for logp_ref"),
+        ({"objective": "gpg", "epochs": 2}, "--objective gpg is for answers of the policy itself (no logp_old)"),
+        ({"advantage_options": ("center=loo",)}, "--advantage and --advantage-options: grpo has its own advantages"),
+        ({"objective": "performance_gate"}, "--objective performance_gate"),
+        ({"options": ("low=0.1", "low=0.2")}, "--options: an option is given twice"),
         ({"group": 0}, "--group must be at least 1, got 0"),
         ({"prompts": 3}, "--prompts belongs to --stage dpo"),
         ({"stage": "sft", "group": 3}, "--group belongs to --stage rl"),

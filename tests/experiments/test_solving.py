@@ -2,9 +2,10 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from esscher.core.sequences import Example
-from esscher.experiments import solving
+from esscher.experiments import solving, verifiers
 from esscher.samplers import decoding
 
 
@@ -28,6 +29,14 @@ def test_attempts_are_those_of_a_count_by_hand():
     np.testing.assert_allclose(passed, [(1 / 2 + 1 / 4) / 3, (5 / 6 + 3 / 6) / 3, 2 / 3], rtol=1e-6)
     # First: one pair is both right, four are ties. Second: three ties. Of all four votes, 2 win and 1 loses.
     np.testing.assert_allclose(majority, [(1 / 2 + 1 / 4) / 3, ((1 + 4 / 2) / 6 + (3 / 2) / 6) / 3, 1 / 3], rtol=1e-6)
+
+
+def test_right_answers_in_other_words_vote_as_one():
+    examples, sampled = [Example("a", "42")], [["it is 42", "so 42", "7", "7", "7", "x", "y", "42"]]
+    solved = solving.Solved(examples, ["42"], sampled, verifiers.last_number)
+    assert solved.correct.sum() == 3
+    assert solving.attempts(solved)[2][-1] == pytest.approx(0.5)  # three against three
+    assert solving.attempts(solved._replace(verifier=verifiers.exact))[2][-1] == 0
 
 
 def test_budgets_end_at_the_number_of_samples():

@@ -344,7 +344,10 @@ def test_groups_of_one_have_nothing_to_be_compared_with():
     rewards = jnp.array([[3.0], [-2.0]])
     for center, scale in itertools.product(("mean", "loo"), ("group", "batch", "none")):
         assert not np.asarray(advantage(rewards, center=center, scale=scale)).any(), (center, scale)
-    np.testing.assert_array_equal(advantage(rewards, center="none", scale="none"), rewards)
+    for scale in ("group", "none"):
+        np.testing.assert_array_equal(advantage(rewards, center="none", scale=scale), rewards)
+    equal = jnp.array([[2.0, 2.0, 2.0]])
+    np.testing.assert_array_equal(advantage(equal, center="none", scale="group"), equal)
 
 
 def test_groups_without_spread_have_no_gradient():

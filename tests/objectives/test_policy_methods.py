@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.optimize
 import scipy.special
 import scipy.stats
 
@@ -180,15 +181,20 @@ def test_beta_normalization():
 
 
 def test_fitted_shape_has_the_least_variance():
-    """`E[p (1 - p) / f^2]` under `Beta(a, b)`, by the moments of the Beta law."""
-    a, b = 2.4, 0.9
+    """`E[p (1 - p) / f^2]` under the fitted `Beta(a, b)`, by its moments, is least at the shape that is used."""
+    rewards = jnp.array([[1.0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]])
+    p = np.asarray(rewards).mean(1)
+    a, b = (p.mean() * (1 - p.mean()) / p.var() - 1) * np.array([p.mean(), 1 - p.mean()])
 
-    def log_variance(alpha, beta):
+    def log_variance(shape):
+        alpha, beta = shape
         return scipy.special.betaln(a + 3 - 2 * alpha, b + 3 - 2 * beta) + 2 * scipy.special.betaln(alpha, beta)
 
-    best = log_variance(1 + a / 3, 1 + b / 3)
-    for step in ((0.01, 0), (-0.01, 0), (0, 0.01), (0, -0.01)):
-        assert log_variance(1 + a / 3 + step[0], 1 + b / 3 + step[1]) > best
+    best = scipy.optimize.minimize(
+        log_variance, (1.2, 1.2), method="Nelder-Mead", options={"xatol": 1e-8, "fatol": 1e-13}
+    )
+    expected = group_methods.beta_normalized_advantage(rewards, shape=tuple(best.x))
+    np.testing.assert_allclose(group_methods.beta_normalized_advantage(rewards), expected, rtol=1e-4)
 
 
 # --- expectations over all samples of a policy that is a table --------------------------------------------------------
