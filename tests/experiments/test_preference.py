@@ -38,8 +38,9 @@ def config(tmp_path, model):
 def from_file(config, llama, write_lines):
     """Pairs of a file for a tiny Llama with an adapter: the right sum against zeros."""
     lines = [{"prompt": f"{a}+{b}=", "chosen": str(a + b), "rejected": "000"} for a in range(10) for b in range(10)]
-    hyper = arithmetic.Hyper(lr=(1e-2,), keep=(1.0,))
-    return dataclasses.replace(config, model=llama, data=write_lines("pairs.jsonl", lines), lora=2, hyper=hyper)
+    hyper, data = arithmetic.Hyper(lr=(1e-2,), keep=(1.0,)), write_lines("pairs.jsonl", lines)
+    prompts = arithmetic.Config().prompts  # nothing is sampled
+    return dataclasses.replace(config, model=llama, data=data, lora=2, prompts=prompts, hyper=hyper)
 
 
 def folder(config):
@@ -235,6 +236,11 @@ def test_what_a_user_got_wrong_is_one_line_before_anything_is_made(config, chang
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert not config.runs.exists()
+
+
+def test_flags_for_sampling_are_refused_beside_pairs_of_a_file(from_file):
+    with pytest.raises(UsageError, match="--judge is for answers that are sampled"):
+        arithmetic.main(dataclasses.replace(from_file, judge="confidence"))
 
 
 def test_a_line_without_a_rejected_completion_is_named(from_file):
