@@ -81,7 +81,7 @@ def test_fine_tuning_and_generation_compile_for_a_slice_and_split_model_and_batc
 def test_learning_from_pairs_compiles_for_a_slice_with_adapters_in_a_sweep():
     mesh = meshes.make(sweep=2, data=2, fsdp=1, tensor=2, devices=meshes.topology("v5e:2x4"))
     config = dataclasses.replace(
-        arithmetic.settled(arithmetic.Config(stage="dpo")), dtype="bfloat16", batch_size=ROWS, remat=True
+        arithmetic.settled(arithmetic.Config(stage="dpo", model="-")), dtype="bfloat16", batch_size=ROWS, remat=True
     )
     policy = policies.adapted(MODERATE, sharded_parameters(mesh, jnp.bfloat16), 8, 16.0)
     setup = setups.Setup(None, None, (1,), policy, None, [], [Tokens([2] * 20, [3] * 11 + [1])] * ROWS)

@@ -234,7 +234,8 @@ def test_the_command_lists_experiments_and_names_unknown_ones(capsys, monkeypatc
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 2
-    assert "no experiment 'digit'; there are: arithmetic, digits, preference-race" in capsys.readouterr().err
+    known = "arithmetic, digits, policy-race, preference-race"
+    assert f"no experiment 'digit'; there are: {known}" in capsys.readouterr().err
 
 
 def test_several_values_of_a_flag_span_a_grid(capsys):
