@@ -1,6 +1,5 @@
 """Learning from preferences: any loss on pairs, against a reference whose log-probabilities are computed once."""
 
-import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -123,18 +122,7 @@ def learning(config: Any, setup: Setup, objective: Named, mesh: Mesh, sweep: swe
             metrics["exact_match"] = solving.exact_match(answers, *batch["answer"]).mean()
         return metrics
 
-    return runs.compile_program(
-        policy.initialize,
-        policy.axes,
-        loss,
-        validate,
-        functools.partial(runs.adamw, config.steps),
-        mesh,
-        sweep,
-        policy.constants,
-        policy.pretrained,
-        average=config.average,
-    )
+    return setups.compile_program(config, setup, loss, validate, mesh, sweep)
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------

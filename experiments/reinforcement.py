@@ -158,21 +158,9 @@ def learning(
             "zero_variance": jnp.mean(~keep_mixed_groups(rewards), dtype=jnp.float32),
         }
 
-    policy = setup.policy
-    return runs.compile_program(
-        policy.initialize,
-        policy.axes,
-        loss,
-        lambda *_: {},
-        functools.partial(runs.adamw, config.steps * config.epochs),
-        mesh,
-        sweep,
-        (*policy.constants, reference),
-        policy.pretrained,
-        average=config.average,
-        own_batches=True,
-        repeats=config.epochs,
-    )
+    never = lambda *_: {}  # noqa: E731  # `_judge` validates, since the verifier is on the host
+    options = {"updates": config.epochs, "own_batches": True}
+    return setups.compile_program(config, setup, loss, never, mesh, sweep, reference, **options)
 
 
 def _stepper(

@@ -1,6 +1,8 @@
 """What a stage of a language model's training starts from: task, tokenizer and model, as the flags ask for them."""
 
+import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
@@ -10,7 +12,7 @@ from esscher.core.errors import UsageError
 from esscher.experiments import language, policies, runs
 from esscher.models import decoder, hf, hf_files
 
-__all__ = ["Setup", "experiment", "open_run", "prepare", "train"]
+__all__ = ["Setup", "compile_program", "experiment", "open_run", "prepare", "train"]
 
 MAY_CHANGE = (*runs.MAY_CHANGE, "samples")
 KINDS = {"sft": sequences.Example, "dpo": language.Pair, "rl": language.Problem}  # of the lines of --data
@@ -84,6 +86,48 @@ def open_run(config: Any) -> pathlib.Path:
     may_change = runs.MAY_CHANGE if config.stage == "dpo" else MAY_CHANGE  # the samples are where its pairs come from
     return reporting.open_run(
         config, experiment=experiment(config), name=config.name, root=config.runs, may_change=may_change
+    )
+
+
+def compile_program(
+    config: Any,
+    setup: Setup,
+    loss: Callable[..., Any],
+    validate: Callable[..., Any],
+    mesh: Mesh,
+    sweep: sweeps.Sweep,
+    *constants: Any,
+    updates: int = 1,
+    **options: Any,
+) -> runs.Program:
+    """`runs.compile_program` for a setup's policy and AdamW, with the policy's constants and then others.
+
+    Args:
+      config: of `arithmetic`.
+      setup: whose policy learns.
+      loss: as there, and so `validate`, `mesh` and `sweep`.
+      validate: see above.
+      mesh: see above.
+      sweep: see above.
+      *constants: beside those of the policy.
+      updates: that the optimiser makes in a step, all on its batch.
+      **options: passed on.
+    """
+    policy, optimizer = setup.policy, functools.partial(runs.adamw, config.steps * updates)
+    every = (*policy.constants, *constants)
+    return runs.compile_program(
+        policy.initialize,
+        policy.axes,
+        loss,
+        validate,
+        optimizer,
+        mesh,
+        sweep,
+        every,
+        policy.pretrained,
+        average=config.average,
+        repeats=updates,
+        **options,
     )
 
 

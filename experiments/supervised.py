@@ -1,6 +1,5 @@
 """Supervised fine-tuning: maximum likelihood of completions, on packed sequences."""
 
-import functools
 import pathlib
 from typing import Any
 
@@ -34,18 +33,7 @@ def fine_tuning(config: Any, setup: Setup, mesh: Mesh, sweep: sweeps.Sweep) -> r
         answers = generate(key, trainable, *batch["prompt"], *constants, choose=decoding.greedy)
         return {"validation_loss": value, "exact_match": solving.exact_match(answers, *batch["answer"]).mean()}
 
-    return runs.compile_program(
-        policy.initialize,
-        policy.axes,
-        loss,
-        validate,
-        functools.partial(runs.adamw, config.steps),
-        mesh,
-        sweep,
-        policy.constants,
-        policy.pretrained,
-        average=config.average,
-    )
+    return setups.compile_program(config, setup, loss, validate, mesh, sweep)
 
 
 def held_out(config: Any, setup: Setup, shards: int) -> dict[str, Any]:

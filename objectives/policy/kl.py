@@ -21,12 +21,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from esscher.core.arrays import at_least_float32, check_floating, check_same_shape
+from esscher.objectives.policy.ratios import LARGEST
 
 __all__ = ["Kind", "kl_estimate", "kl_in_reward", "straight_through_kl"]
 
 Kind = Literal["k1", "abs", "k2", "k3"]
-
-LARGEST = 20.0  # of a log-ratio, before it is exponentiated; verl clamps there too
 
 
 def kl_estimate(logp: Array, logp_ref: Array, kind: Kind) -> Array:
