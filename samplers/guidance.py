@@ -9,6 +9,7 @@ from jax import Array
 from esscher.core.arrays import check_per_example, expand_like, reduce_events
 from esscher.core.contracts import Prediction, Predictor
 from esscher.core.schedules import Schedule
+from esscher.samplers.steppers.coefficients import shift_score
 
 __all__ = ["Weight", "cfg", "cfg_plus_plus", "classifier", "interval", "mix", "rescale"]
 
@@ -180,7 +181,6 @@ def classifier(
     def predict(x: Array, t: Array) -> Prediction:
         out, pull = predictor(x, t), _weight(w, t, x) * jax.grad(total)(x, t)
         alpha, sigma = expand_like(schedule.alpha(t), x), expand_like(schedule.sigma(t), x)
-        ratio = jnp.where(alpha > 0, sigma**2 / jnp.where(alpha > 0, alpha, 1.0), 0.0)
-        return Prediction(out.data + ratio * pull, out.noise - sigma * pull)
+        return shift_score(out, pull, alpha, sigma)
 
     return predict

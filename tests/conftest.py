@@ -1,5 +1,6 @@
 """Eight host devices and the compilation cache, set before JAX starts."""
 
+import gc
 import os
 import pathlib
 
@@ -10,6 +11,20 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax
 import pytest
+
+TESTS_PER_CACHE = 100
+"""After so many tests a worker drops what it has compiled: with gigabytes of programs everything gets slow."""
+
+_run = 0
+
+
+def pytest_runtest_teardown():
+    """Counts tests; programs that are needed again come from the compilation cache on disk."""
+    global _run
+    _run += 1
+    if _run % TESTS_PER_CACHE == 0:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ import numpy as np
 from jax import Array
 
 from esscher.core.arrays import expand_like, normal, squared_norm
-from esscher.core.contracts import Predictor
+from esscher.core.contracts import Prediction, Predictor
 from esscher.core.schedules import Schedule
 from esscher.samplers import smc
-from esscher.samplers.steppers.coefficients import StepCoefficients, step_coefficients
+from esscher.samplers.steppers.coefficients import StepCoefficients, implied_data, step_coefficients, tweedie_ratio
 
 __all__ = ["Corrected", "corrector"]
 
@@ -98,10 +98,10 @@ def corrector(
         noises = [predictor(x, jnp.broadcast_to(t, x.shape[:1])).noise for predictor in predictors]
         mixed = sum(e * noise for e, noise in zip(exponents, noises, strict=True))
         rate = squared_norm(mixed) - sum(e * squared_norm(noise) for e, noise in zip(exponents, noises, strict=True))
-        data = (jnp.where(c.alpha_t > 0, (x - c.sigma_t * mixed) / jnp.where(c.alpha_t > 0, c.alpha_t, 1.0), 0.0),)
+        data = (implied_data(x, Prediction(jnp.zeros_like(x), mixed), c),)
         if reward is not None:
             pull = rho / (1 + rho) * strength(t) * jax.grad(lambda x: reward(x).sum())(x)
-            data += (data[0] + jnp.where(c.alpha_t > 0, c.sigma_t**2 / c.alpha_t, 0.0) * pull,)
+            data += (data[0] + tweedie_ratio(c.alpha_t, c.sigma_t) * pull,)
         usable = jnp.isfinite(state.lam) & c.regular
         slope = jnp.where(usable, 0.5 * c.finite_h / jnp.where(usable, c.lam - state.lam, 1.0), 0.0)
         ahead = [new + expand_like(slope, x) * (new - old) for new, old in zip(data, state.data, strict=True)]

@@ -35,7 +35,7 @@ from esscher.core.arrays import (
 from esscher.core.contracts import Prediction, Predictor, Stepper
 from esscher.core.schedules import Schedule
 from esscher.samplers.guidance import Weight, mix
-from esscher.samplers.steppers.coefficients import noise_levels, step_coefficients
+from esscher.samplers.steppers.coefficients import noise_levels, shift_score, step_coefficients, tweedie_ratio
 
 __all__ = [
     "Energy",
@@ -102,8 +102,7 @@ def energy_guidance(
         slope = slope if shape is None else shape(slope, x)
         alpha, sigma = expand_like(schedule.alpha(t), x), expand_like(schedule.sigma(t), x)
         if through:
-            ratio = jnp.where(alpha > 0, sigma**2 / jnp.where(alpha > 0, alpha, 1.0), 0.0)
-            moved = Prediction(out.data - ratio * slope, out.noise + sigma * slope)
+            moved = shift_score(out, -slope, alpha, sigma)
         else:
             moved = Prediction(out.data - slope, out.noise + alpha / sigma * slope)
         return mix((lambda x, t: out, lambda x, t: moved), (w,))(x, t)
@@ -330,8 +329,7 @@ def tempered_classifier(
         return -tempered_log_ratio(logits(data), targets, joint, marginal)
 
     def weight(t: Array) -> Array:
-        alpha, size = schedule.alpha(t), w(t) if callable(w) else w
-        return size * jnp.where(alpha > 0, schedule.sigma(t) ** 2 / jnp.where(alpha > 0, alpha, 1.0), 0.0)
+        return (w(t) if callable(w) else w) * tweedie_ratio(schedule.alpha(t), schedule.sigma(t))
 
     return energy_guidance(predictor, energy, schedule, weight, through=False, shape=shape)
 

@@ -1,6 +1,8 @@
 """Reverse steps that have a density, which is what particles, tree search and policy gradients need of a sampler."""
 
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,18 @@ from esscher.core.contracts import Prediction, Predictor, ReverseKernel
 from esscher.core.schedules import Schedule
 from esscher.samplers.steppers.coefficients import noise_levels, step_coefficients
 
-__all__ = ["check_kernel", "ddim_kernel", "ddim_moments", "normal_log_prob"]
+__all__ = [
+    "Seen",
+    "check_kernel",
+    "ddim_kernel",
+    "ddim_moments",
+    "normal_log_prob",
+    "remembered_value",
+    "remembering_kernel",
+]
+
+Model = Callable[[Array, Array], Any]
+"""`(x[N, ...], t[N]) -> ` what it says of `x`, leaves `[N, ...]`: a predictor, or a denoiser of tokens."""
 
 
 def ddim_moments(
@@ -60,6 +73,68 @@ def ddim_kernel(predictor: Predictor, schedule: Schedule, eta: float | Array = 1
         return normal_log_prob(x_s, *moments(x, t, s))
 
     return ReverseKernel(sample, log_prob)
+
+
+# --- kernels that look once -------------------------------------------------------------------------------------------
+
+
+class Seen(NamedTuple):
+    """A state with what the model said of it."""
+
+    x: Array  # [N, ...]
+    said: Any  # leaves [N, ...]
+
+
+def remembering_kernel(
+    build: Callable[[Model], ReverseKernel], model: Model, last: Callable[[Array], Array] | None = None
+) -> tuple[Callable[[Array, Array], Seen], ReverseKernel]:
+    """A kernel on `Seen` states, which keeps what the model said of a state for all who ask about it.
+
+    The value of a state and the step from it are functions of the same evaluation. A plain kernel and a value of
+    `x` make it twice, and `svdd` the former for each candidate; with states that remember, each new state is looked at
+    once, and copies of it not at all. The law, and the samples of a key, are those of `build(model)`.
+
+    Args:
+      build: makes the kernel of a model, such as `lambda model: ddim_kernel(model, schedule)`.
+      model: evaluated on every new state.
+      last: of a time `s`, whether nothing will be asked of the model there, such as
+        `lambda s: schedule.sigma(s) == 0`; it then does not look.
+
+    Returns:
+      `look(x, t)`, the state to start with, and the kernel.
+
+    Reference: A General Framework for Inference-time Scaling and Steering of Diffusion Models, arXiv:2501.06848.
+    """
+
+    def look(x: Array, t: Array) -> Seen:
+        return Seen(x, model(x, jnp.broadcast_to(t, x.shape[:1])))
+
+    def sample(key: Array, state: Seen, t: Array, s: Array) -> Seen:
+        new = build(lambda x, t: state.said).sample(key, state.x, t, s)
+        if last is None:
+            return look(new, s)
+        return jax.lax.cond(last(s), lambda: Seen(new, state.said), lambda: look(new, s))
+
+    def log_prob(new: Seen, state: Seen, t: Array, s: Array) -> Array:
+        return build(lambda x, t: state.said).log_prob(new.x, state.x, t, s)
+
+    return look, ReverseKernel(sample, log_prob)
+
+
+def remembered_value(
+    build: Callable[[Model], Callable[[Array, Array], Array]],
+) -> Callable[[Seen, Array], Array]:
+    """A value or twist of `Seen` states, from one of states: `build(model)(x, t)` for the model's remembered word.
+
+    Such as `remembered_value(lambda model: posterior_mean_value(model, reward, schedule))`, or with `fill_in_value`.
+
+    Reference: Derivative-Free Guidance in Continuous and Discrete Diffusion Models with Soft Value-Based Decoding,
+      arXiv:2408.08252.
+    """
+    return lambda state, t: build(lambda x, t: state.said)(state.x, t)
+
+
+# --- shared -----------------------------------------------------------------------------------------------------------
 
 
 def normal_log_prob(x: Array, mean: Array, std: Array) -> Array:

@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from esscher.core.arrays import normal
+from esscher.core.arrays import at_least_float32, normal
 from esscher.core.contracts import Prediction, Predictor, ReverseKernel
 from esscher.core.schedules import Schedule
 from esscher.samplers import smc
 from esscher.samplers.diffusion.kernels import check_kernel, ddim_moments, normal_log_prob
 from esscher.samplers.integration import check_times
-from esscher.samplers.steppers.coefficients import step_coefficients
+from esscher.samplers.steppers.coefficients import shift_score, step_coefficients
 
 __all__ = ["Looked", "Potential", "fk_steering", "steps", "tds", "twisted"]
 
@@ -52,7 +52,8 @@ def twisted(
 
     Args:
       kernel: of the model.
-      log_twist: `(x, s) -> [B]`, the log of the reward's exponential at the last time; evaluated once a step.
+      log_twist: `(x, s) -> [B]`, the log of the reward's exponential at the last time; evaluated once a step. With a
+        `kernels.remembering_kernel` states are its `Seen` ones, and the model looks once a step for twist and kernel.
       proposal: where particles go; wherever the kernel goes and the twist is above 0.
 
     Returns:
@@ -162,7 +163,7 @@ def _looking(
     def look(x: Array, t: Array) -> tuple[Prediction, Array, Array]:
         def total(x: Array) -> tuple[Array, tuple[Prediction, Array]]:
             prediction = predictor(x, jnp.broadcast_to(t, x.shape[:1]))
-            value = log_reward(prediction.data)
+            value = at_least_float32(log_reward(prediction.data))
             return value.sum(), (prediction, value)
 
         if not follow:
@@ -182,8 +183,7 @@ def _looking(
         if follow:
             # The last step has no noise to be moved by, and so no density to make up for it with.
             noisy = std > 0
-            data = state.prediction.data + jnp.where(c.alpha_t > 0, c.sigma_t**2 / c.alpha_t, 0) * state.pull
-            moved = Prediction(data, state.prediction.noise - c.sigma_t * state.pull)
+            moved = shift_score(state.prediction, state.pull, c.alpha_t, c.sigma_t)
             moved_mean = jnp.where(noisy, ddim_moments(x, moved, t, s, schedule, eta)[0], mean)
             safe = jnp.where(noisy, std, 1.0)
             new = moved_mean + std * noise
@@ -193,7 +193,7 @@ def _looking(
         new = new.astype(x.dtype)
 
         def at_the_end() -> tuple[Prediction, Array, Array]:
-            return state.prediction, log_reward(new), state.pull
+            return state.prediction, at_least_float32(log_reward(new)), state.pull
 
         last = schedule.sigma(s) == 0
         prediction, value, pull = jax.lax.cond(last, at_the_end, lambda: look(new, s))

@@ -1,7 +1,7 @@
 """Soft value-based decoding: of several next states pick one by its value, for each sample on its own."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ Value = Callable[[Array, Array], Array]
 class Picked(NamedTuple):
     """What picking cost and gained."""
 
-    x: Array  # [B, ...] at the last time
+    x: Any  # [B, ...] at the last time
     values: Array  # [T, B] of what was picked
     ess: Array  # [T, B] effective number of the candidates
 
@@ -58,7 +58,7 @@ def svdd(
     key: Array,
     kernel: ReverseKernel,
     value: Value,
-    x: Array,
+    x: Any,
     times: Array,
     beta: float | Array,
     *,
@@ -77,7 +77,8 @@ def svdd(
       key: typed random key.
       kernel: of the model.
       value: `(x, s) -> [.]`, the reward itself at the last time; evaluated on all candidates at once.
-      x: states at the first time, `[B, ...]`.
+      x: states at the first time, `[B, ...]`, or a pytree of such leaves, as `kernels.remembering_kernel` has them:
+        then the model looks once at each candidate, and not twice.
       times: decreasing, `[T + 1]`.
       beta: temperature, a scalar or `[B]`.
       candidates: `M`.
@@ -95,15 +96,16 @@ def svdd(
     """
     check_kernel(kernel=kernel, proposal=proposal or kernel)
     check_times(times)
-    check_per_example(x, beta=beta)
+    first = jax.tree.leaves(x)[0]
+    check_per_example(first, beta=beta)
     if candidates < 1:
         raise ValueError(f"candidates must be at least 1, got {candidates}")
-    batch = len(x)
+    batch = len(first)
 
-    def body(x: Array, inputs: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
+    def body(x: Any, inputs: tuple[Array, ...]) -> tuple[Any, tuple[Array, Array]]:
         key, t, s = inputs
         draw_key, pick_key = jax.random.split(key)
-        origin = jnp.repeat(x, candidates, axis=0)
+        origin = jax.tree.map(lambda leaf: jnp.repeat(leaf, candidates, axis=0), x)
         new = (proposal or kernel).sample(draw_key, origin, t, s)
         log_ratio = 0.0
         if proposal is not None:
@@ -113,7 +115,8 @@ def svdd(
         picked = svdd_select(pick_key, values, beta, log_ratio, greedy=greedy)
         pick = jax.vmap(lambda row, i: row[i])
         weights = effective_sample_size(values / expand_like(beta, values) + log_ratio)
-        return pick(new.reshape(batch, candidates, *x.shape[1:]), picked), (pick(values, picked), weights)
+        kept = jax.tree.map(lambda leaf: pick(leaf.reshape(batch, candidates, *leaf.shape[1:]), picked), new)
+        return kept, (pick(values, picked), weights)
 
     keys = jax.random.split(key, len(times) - 1)
     x, (values, ess) = jax.lax.scan(body, x, (keys, times[:-1], times[1:]))
@@ -130,7 +133,8 @@ def posterior_mean_value(predictor: Predictor, reward: Callable[[Array], Array],
     """
 
     def value(x: Array, t: Array) -> Array:
-        looked = lambda: reward(predictor(x, jnp.broadcast_to(t, x.shape[:1])).data)  # noqa: E731
-        return jax.lax.cond(schedule.sigma(t) == 0, lambda: reward(x), looked)
+        worth = lambda data: at_least_float32(reward(data))  # noqa: E731
+        looked = lambda: worth(predictor(x, jnp.broadcast_to(t, x.shape[:1])).data)  # noqa: E731
+        return jax.lax.cond(schedule.sigma(t) == 0, lambda: worth(x), looked)
 
     return value

@@ -18,8 +18,10 @@ __all__ = [
     "implied_data",
     "noise_levels",
     "phis",
+    "shift_score",
     "standard_normal",
     "step_coefficients",
+    "tweedie_ratio",
 ]
 
 
@@ -84,6 +86,20 @@ def implied_data(x: Array, prediction: Prediction, c: StepCoefficients) -> Array
     """
     started = c.alpha_t > 0
     return jnp.where(started, (x - c.sigma_t * prediction.noise) / jnp.where(started, c.alpha_t, 1.0), prediction.data)
+
+
+def tweedie_ratio(alpha: Array, sigma: Array) -> Array:
+    """`sigma^2 / alpha`, by which a change of the score moves the data term; 0 where `alpha = 0`."""
+    return jnp.where(alpha > 0, sigma**2 / jnp.where(alpha > 0, alpha, 1.0), 0.0)
+
+
+def shift_score(prediction: Prediction, change: Array, alpha: Array, sigma: Array) -> Prediction:
+    """The prediction whose score is larger by `change`, `D + sigma^2/alpha change` and `eps - sigma change`.
+
+    Both terms still put `x` together, but where `alpha = 0`: there the data term stays.
+    """
+    data = prediction.data + tweedie_ratio(alpha, sigma) * change
+    return Prediction(data, prediction.noise - sigma * change)
 
 
 def phis(n: int, z: Array) -> list[Array]:

@@ -61,6 +61,14 @@ def one_path(key, x):
     return smc.sample_path(key, last, trace.history)
 
 
+def remembering(key, x, eta):
+    """A step of a remembering kernel, and the value of where it ends."""
+    look, kernel = kernels.remembering_kernel(lambda model: kernels.ddim_kernel(model, COSINE, eta), UNCOND)
+    new = kernel.sample(key, look(x, jnp.asarray(0.8)), jnp.asarray(0.8), jnp.asarray(0.5))
+    value = kernels.remembered_value(lambda model: svdd.posterior_mean_value(model, log_reward, COSINE))
+    return new.x, value(new, jnp.asarray(0.5))
+
+
 EXAMPLES = [
     *map(scheme, (resampling.multinomial, resampling.residual, resampling.stratified, resampling.systematic)),
     Example(
@@ -117,6 +125,17 @@ EXAMPLES = [
         batch=("x", "x_s"),
         bf16_tolerance=0.05,
         exempt={"errors": "the predictor is the first to see a wrong x; a test shows one that is not that of x_s"},
+    ),
+    Example(
+        name="remembering_kernel",
+        function=remembering,
+        arguments={"key": KEY, "x": X, "eta": jnp.asarray(0.8)},
+        covers=(kernels.remembering_kernel, kernels.remembered_value),
+        hyperparameters=("eta",),
+        differentiable=("x", "eta"),
+        batch=("x",),
+        bf16_tolerance=0.05,
+        exempt={"errors": "the model is the first to see a wrong x, and states may be tokens"},
     ),
     Example(
         name="twisted",
