@@ -17,6 +17,7 @@ __all__ = [
     "check_targets",
     "expand_like",
     "normal",
+    "one_per_example",
     "per_example",
     "reduce_events",
     "safe_sqrt",
@@ -98,6 +99,15 @@ def check_per_example(x: Array, **values: float | Array) -> None:
     for name, value in values.items():
         if jnp.shape(value) not in ((), x.shape[:1]):
             raise ValueError(f"{name} must be a scalar or have shape {x.shape[:1]}, got {jnp.shape(value)}")
+
+
+def one_per_example(x: Array, **values: Array) -> Array:
+    """What a function that is named returned, checked to be one value for each example of `x[B, ...]`."""
+    ((name, returned),) = values.items()
+    if jnp.shape(returned) != x.shape[:1]:
+        got = jnp.shape(returned)
+        raise ValueError(f"{name} must return shape {x.shape[:1]}, one value per example, got {got}")
+    return returned
 
 
 def check_targets(targets: Array, **scored: Array) -> None:

@@ -4,9 +4,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from esscher.core.arrays import at_least_float32, check_floating, check_targets
+from esscher.core.arrays import at_least_float32, check_floating, check_targets, safe_sqrt
 
-__all__ = ["calibration_error", "frechet_distance", "frechet_distance_from_moments"]
+__all__ = [
+    "calibration_error",
+    "energy_distance",
+    "frechet_distance",
+    "frechet_distance_from_moments",
+    "sliced_wasserstein",
+]
 
 
 def frechet_distance(x: Array, y: Array) -> Array:
@@ -28,12 +34,7 @@ def frechet_distance(x: Array, y: Array) -> Array:
 
     Reference: GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium, arXiv:1706.08500.
     """
-    for name, features in (("x", x), ("y", y)):
-        if features.ndim != 2 or features.shape[0] < 2 or not jnp.issubdtype(features.dtype, jnp.floating):
-            got = f"{features.dtype}{list(features.shape)}"
-            raise ValueError(f"{name} must be a floating matrix [N, D] with N >= 2, got {got}")
-    if x.shape[1] != y.shape[1]:
-        raise ValueError(f"x and y must have features of one size, got {x.shape[1]} and {y.shape[1]}")
+    _check_sets(2, x=x, y=y)
     return frechet_distance_from_moments(*_moments(x), *_moments(y))
 
 
@@ -77,6 +78,73 @@ def _moments(x: Array) -> tuple[Array, Array]:
 def _square_root(covariance: Array) -> Array:
     values, vectors = jnp.linalg.eigh(covariance)
     return vectors * jnp.sqrt(jnp.maximum(values, 0)) @ vectors.T
+
+
+def sliced_wasserstein(x: Array, y: Array, directions: Array) -> Array:
+    r"""Sliced Wasserstein-2 distance of two sets, `sqrt(mean_u mean_i (x.u_(i) - y.u_(i))^2)`, projections in order.
+
+    Two finite sets of one law are apart by some `1 / sqrt(N)`: compare with the distance of two exact sets.
+
+    Args:
+      x: samples, `[N, D]`.
+      y: samples, `[N, D]`, as many.
+      directions: `[P, D]`, of any length above 0, such as normal draws.
+
+    Returns:
+      The distance, `[]`, in the unit of the samples and float32 at least.
+
+    Raises:
+      ValueError: sets that are not floating matrices of one shape, or directions of another dimension.
+
+    Reference: Sliced and Radon Wasserstein Barycenters of Measures (Bonneel et al. 2015).
+    """
+    _check_sets(1, x=x, y=y, directions=directions)
+    if x.shape != y.shape:
+        raise ValueError(f"x and y must have one shape, got {x.shape} and {y.shape}")
+    x, y, directions = (at_least_float32(array) for array in (x, y, directions))
+    units = directions / jnp.linalg.norm(directions, axis=-1, keepdims=True)
+    gaps = jnp.sort(x @ units.T, axis=0) - jnp.sort(y @ units.T, axis=0)
+    return safe_sqrt(jnp.mean(jnp.square(gaps)))
+
+
+def energy_distance(x: Array, y: Array) -> Array:
+    r"""Energy distance of two sets, `2 E|x - y| - E|x - x'| - E|y - y'|`, all pairs counted: 0 for equal sets.
+
+    It is never negative, and of two sets of one law about `E|x - x'| (1/N + 1/M)`: compare with that of two exact sets.
+
+    Args:
+      x: samples, `[N, D]`.
+      y: samples, `[M, D]`.
+
+    Returns:
+      The distance, `[]`, in the unit of the samples and float32 at least; a pair at one place gets no gradient.
+
+    Raises:
+      ValueError: sets that are not floating matrices, or of different widths.
+
+    Reference: Energy Statistics: A Class of Statistics Based on Distances (Székely, Rizzo 2013).
+    """
+    _check_sets(1, x=x, y=y)
+    x, y = at_least_float32(x), at_least_float32(y)
+
+    def mean_distance(x: Array, y: Array) -> Array:
+        # A few rows at once: all pairs of large sets would not fit, and a Gram matrix loses what is near.
+        row = lambda point: safe_sqrt(jnp.sum(jnp.square(y - point), -1)).mean()  # noqa: E731
+        return jax.lax.map(row, x, batch_size=64).mean()
+
+    return 2 * mean_distance(x, y) - mean_distance(x, x) - mean_distance(y, y)
+
+
+def _check_sets(least: int, **sets: Array) -> None:
+    """Raises a ValueError unless all are floating matrices of one width, with so many rows."""
+    for name, rows in sets.items():
+        if rows.ndim != 2 or rows.shape[0] < least or not jnp.issubdtype(rows.dtype, jnp.floating):
+            got = f"{rows.dtype}{list(rows.shape)}"
+            raise ValueError(f"{name} must be a floating matrix [N, D] with N >= {least}, got {got}")
+    widths = [rows.shape[1] for rows in sets.values()]
+    if len(set(widths)) > 1:
+        got = " and ".join(map(str, widths))
+        raise ValueError(f"{' and '.join(sets)} must have features of one size, got {got}")
 
 
 def calibration_error(probs: Array, targets: Array, *, bins: int = 15) -> Array:

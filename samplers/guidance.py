@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from esscher.core.arrays import check_per_example, expand_like, reduce_events
+from esscher.core.arrays import check_per_example, expand_like, one_per_example, reduce_events
 from esscher.core.contracts import Prediction, Predictor
 from esscher.core.schedules import Schedule
 from esscher.samplers.steppers.coefficients import shift_score
@@ -173,10 +173,7 @@ def classifier(
     """
 
     def total(x: Array, t: Array) -> Array:
-        values = log_prob(x, t)
-        if values.shape != x.shape[:1]:
-            raise ValueError(f"log_prob must return shape {x.shape[:1]}, one value per example, got {values.shape}")
-        return values.sum()
+        return one_per_example(x, log_prob=log_prob(x, t)).sum()
 
     def predict(x: Array, t: Array) -> Prediction:
         out, pull = predictor(x, t), _weight(w, t, x) * jax.grad(total)(x, t)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from esscher.core.arrays import at_least_float32, check_floating, check_per_example, expand_like
+from esscher.core.arrays import at_least_float32, check_floating, check_per_example, expand_like, one_per_example
 from esscher.core.autodiff import straight_through
 from esscher.samplers.diffusion.discrete import Confidence, Denoiser, Level, confidence_unmask
 
@@ -106,10 +106,7 @@ def inner_logit_guidance(
     logits, free = at_least_float32(logits), is_mask[..., None]
 
     def loss(phi: Array, key: Array) -> Array:
-        values = objective(key, phi)
-        if values.shape != phi.shape[:1]:
-            raise ValueError(f"objective must return shape {phi.shape[:1]}, one value per example, got {values.shape}")
-        return -values.sum()
+        return -one_per_example(phi, objective=objective(key, phi)).sum()
 
     def step(carry: tuple[Array, Any], key: Array) -> tuple[tuple[Array, Any], None]:
         phi, state = carry

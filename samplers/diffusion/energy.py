@@ -29,6 +29,7 @@ from esscher.core.arrays import (
     check_same_shape,
     check_targets,
     expand_like,
+    one_per_example,
     safe_sqrt,
     squared_norm,
 )
@@ -155,10 +156,7 @@ def energy_correction(
 
 def _slope(predictor: Predictor, energy: Energy, x: Array, t: Array, through: bool) -> tuple[Prediction, Array]:
     def total(data: Array) -> Array:
-        values = energy(data, t)
-        if values.shape != x.shape[:1]:
-            raise ValueError(f"energy must return shape {x.shape[:1]}, one value per example, got {values.shape}")
-        return values.sum()
+        return one_per_example(x, energy=energy(data, t)).sum()
 
     def looked(x: Array) -> tuple[Array, Prediction]:
         prediction = predictor(x, t)
@@ -208,10 +206,10 @@ def normalized_guidance(slope: Array, x: Array, scale: float | Array = 1.0) -> A
 
 
 def sine_boost(i: Array, n: int, base: float | Array, factor: float | Array) -> Array:
-    """EluCD's strengths of `n` steps: `max(base (1 - i / n), 1e-5) + base factor sin(pi i / (n - 1))`.
+    """EluCD's strengths on a grid of `n` times: `max(base (1 - i / n), 1e-5) + base factor sin(pi i / (n - 1))`.
 
     Args:
-      i: steps done of `n`, from 0 to `n - 1`; fractions too, so that it makes a function of time.
+      i: which of the times, the noisiest is 0 and the clean end `n - 1`; fractions too, for a function of time.
       base: the strength at the start, 0.004 with normalised gradients.
       factor: of the sine, 0.3.
 

@@ -19,6 +19,7 @@ from esscher.core.arrays import (
     check_same_shape,
     expand_like,
     normal,
+    one_per_example,
     reduce_events,
     squared_norm,
 )
@@ -210,10 +211,7 @@ def langevin_refine(
     check_floating(x=x)
 
     def total(x: Array, key: Array) -> Array:
-        values = energy(key, x)
-        if values.shape != x.shape[:1]:
-            raise ValueError(f"energy must return shape {x.shape[:1]}, one value per example, got {values.shape}")
-        return values.sum()
+        return one_per_example(x, energy=energy(key, x)).sum()
 
     def body(x: Array, key: Array) -> tuple[Array, None]:
         energy_key, noise_key = jax.random.split(key)

@@ -19,6 +19,7 @@ from esscher.core.arrays import (
     check_per_example,
     check_same_shape,
     expand_like,
+    one_per_example,
 )
 from esscher.core.autodiff import straight_through
 from esscher.samplers.integration import check_inputs
@@ -208,10 +209,7 @@ def stg_guidance(
     def total(logits: Array, key: Array) -> Array:
         tokens = jax.random.categorical(key, logits)
         hard = jax.nn.one_hot(tokens, x.shape[-1], dtype=logits.dtype)
-        values = score(straight_through(hard, jax.nn.softmax(logits)))
-        if values.shape != x.shape[:1]:
-            raise ValueError(f"score must return shape {x.shape[:1]}, one value per example, got {values.shape}")
-        return values.sum()
+        return one_per_example(x, score=score(straight_through(hard, jax.nn.softmax(logits)))).sum()
 
     by_logits = jax.vmap(jax.grad(total), in_axes=(None, 0))(logits, jax.random.split(key, samples)).mean(0)
     (gradient,) = pull(by_logits)

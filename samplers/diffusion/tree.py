@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from esscher.core.arrays import at_least_float32, check_per_example
+from esscher.core.arrays import at_least_float32, check_per_example, one_per_example
 from esscher.core.contracts import ReverseKernel
 from esscher.core.tilt import soft_value
 from esscher.samplers.diffusion.kernels import check_kernel
@@ -115,9 +115,7 @@ def grow_tree(
     def roll_out(tree: Tree, key: Array) -> tuple[Tree, None]:
         keys, root = jax.random.split(key, steps), jnp.zeros(len(x), jnp.int32)
         (tree, leaf), path = jax.lax.scan(advance, (tree, root), (keys, times[:-1], times[1:]))
-        value = at_least_float32(reward(_at(tree.x, leaf)))
-        if value.shape != x.shape[:1]:
-            raise ValueError(f"reward must return shape {x.shape[:1]}, one value per example, got {value.shape}")
+        value = at_least_float32(one_per_example(x, reward=reward(_at(tree.x, leaf))))
         return _backed_up(tree, leaf, value, path, beta), None
 
     return jax.lax.scan(roll_out, _seed(x, 1 + steps * rollouts), jax.random.split(key, rollouts))[0]

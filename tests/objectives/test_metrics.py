@@ -1,10 +1,11 @@
-"""The Fréchet distance against closed forms, a general matrix square root, and singular covariances; calibration."""
+"""Distances of sets against closed forms, matrix square roots, assignments and distribution functions; calibration."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.optimize
 
 from esscher.objectives import metrics
 
@@ -96,3 +97,34 @@ def test_calibration_error_of_a_hand_made_table():
         metrics.calibration_error(np.eye(3), np.arange(3), bins=0)
     with pytest.raises(ValueError, match=r"probs must have shape \[B, K\]"):
         metrics.calibration_error(np.ones(3), np.arange(3))
+
+
+def test_a_shift_slices_to_its_length_by_the_angle_and_two_sets_to_the_distance_of_their_order():
+    x = jax.random.normal(jax.random.key(4), (50, 3))
+    shift, directions = jnp.array([1.0, -2.0, 0.5]), jnp.array([[2.0, 0.0, 0.0], [0.0, 3.0, 3.0]])
+    out = metrics.sliced_wasserstein(x[::-1], x + shift, directions)
+    np.testing.assert_allclose(out, np.sqrt((1.0 + (1.5 / np.sqrt(2)) ** 2) / 2), rtol=1e-5)
+    a, b = np.random.default_rng(0).normal(size=(2, 40, 1)) * [[[1.0]], [[2.0]]]
+    cost = np.square(a - b.T)
+    exact = cost[scipy.optimize.linear_sum_assignment(cost)].mean() ** 0.5
+    np.testing.assert_allclose(
+        metrics.sliced_wasserstein(jnp.asarray(a), jnp.asarray(b), jnp.ones((1, 1))), exact, 1e-5
+    )
+
+
+def test_on_the_line_the_energy_distance_is_twice_the_square_of_the_distribution_functions_gap():
+    draw = np.random.default_rng(1)
+    a, b = draw.normal(size=70), 0.5 * draw.normal(size=90) + 1.0
+    grid = np.sort(np.concatenate([a, b]))
+    gap = (a[:, None] <= grid).mean(0) - (b[:, None] <= grid).mean(0)
+    exact = 2 * np.sum(np.square(gap[:-1]) * np.diff(grid))
+    np.testing.assert_allclose(metrics.energy_distance(jnp.asarray(a)[:, None], jnp.asarray(b)[:, None]), exact, 1e-4)
+    assert exact > 0.1
+
+
+def test_equal_sets_are_at_distance_zero_with_gradient_zero():
+    x = jax.random.normal(jax.random.key(5), (9, 2))
+    for distance in (metrics.energy_distance, lambda x, y: metrics.sliced_wasserstein(x, y, jnp.eye(2))):
+        value, gradient = jax.value_and_grad(distance)(x, x[::-1])
+        np.testing.assert_allclose(value, 0, atol=1e-6)
+        np.testing.assert_allclose(gradient, 0, atol=1e-6)

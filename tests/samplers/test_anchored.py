@@ -8,7 +8,7 @@ import pytest
 
 from esscher.core import categorical
 from esscher.core.exact import masked
-from esscher.samplers.diffusion import anchored, discrete
+from esscher.samplers.diffusion import anchored, discrete, restarts
 
 pytestmark = pytest.mark.usefixtures("x64", "compile_quickly")
 
@@ -17,6 +17,7 @@ RNG = np.random.default_rng(0)
 P = np.array([0.2, 0.05, 0.1, 0.03, 0.02, 0.3, 0.1, 0.15, 0.05])
 LOG_P, STATES = np.log(P), masked.states(V + 1, L)
 TABLE, PULL = RNG.normal(size=(V, 2)), RNG.normal(size=(L, 2))
+REWARDS = np.sum(TABLE[np.asarray(masked.states(V, L))] * PULL, (1, 2))
 ALPHA, TIMES = categorical.linear_alpha, jnp.array([1.0, 0.5, 0.0])
 
 
@@ -108,9 +109,8 @@ def test_without_inner_steps_or_of_no_length_it_is_the_sampler_by_confidence():
     assert np.any(sample(2, optax.adam(1.0), n=200) != plain)
 
 
-def test_its_law_for_a_linear_reward_is_that_of_the_moved_logits():
-    """One plain step of descent: every position's law moves by a known vector, and the surest position is first."""
-    lr, n = 4.0, 20_000
+def moved_law(lr):
+    """Of one plain step of descent: every position's law moves by a known vector, and the surest position is first."""
     law = np.zeros((V, V))
 
     def moved(state, i):
@@ -125,20 +125,39 @@ def test_its_law_for_a_linear_reward_is_that_of_the_moved_logits():
         state[first] = v
         row = both[first][v] * moved(tuple(state), 1 - first)
         law[(v, slice(None)) if first == 0 else (slice(None), v)] = row
-    law = law.reshape(-1)
+    return law.reshape(-1)
+
+
+def test_its_law_for_a_linear_reward_is_that_of_the_moved_logits():
+    lr, n = 4.0, 20_000
+    law = moved_law(lr)
     counts = np.bincount(code(sample(1, optax.sgd(lr))), minlength=V**L)
     assert np.all(np.abs(counts - n * law) <= 5 * np.sqrt(n * law * (1 - law)))
-    rewards = np.asarray(linear(TABLE[np.asarray(masked.states(V, L))]))
-    tilt = P * np.exp(rewards) / (P @ np.exp(rewards))
-    assert law @ rewards > P @ rewards + 0.1  # the reward rises
+    tilt = P * np.exp(REWARDS) / (P @ np.exp(REWARDS))
+    assert law @ REWARDS > P @ REWARDS + 0.1  # the reward rises
     assert 0.5 * np.abs(law - tilt).sum() > 0.03  # and it is not the tilt
+
+
+def test_restarts_have_the_law_of_the_best_of_its_samples():
+    """`F(r)^3 - F(r-)^3`, by the exact law of one run and rewards that all differ."""
+    lr, n = 4.0, 20_000
+    law, order = moved_law(lr), np.argsort(REWARDS)
+    best = np.zeros(V**L)
+    best[order] = np.diff(np.cumsum(law[order]) ** 3, prepend=0.0)
+    x = jnp.full((n, L), MASK)
+    run = lambda key: anchored.anchored(  # noqa: E731
+        key, denoiser, linear, TABLE, x, TIMES, ALPHA, MASK, optax.sgd(lr), n_steps=1
+    )
+    found = jax.jit(lambda key: restarts.best_of(key, run, lambda x: linear(jnp.asarray(TABLE)[x]), 3))
+    counts = np.bincount(code(found(jax.random.key(5))), minlength=V**L)
+    assert np.all(np.abs(counts - n * best) <= 5 * np.sqrt(n * best * (1 - best)))
+    assert best @ REWARDS > law @ REWARDS + 0.3
 
 
 @pytest.mark.parametrize("mode", ["sample", "argmax", "nearest"])
 def test_adam_finds_strings_of_high_reward(mode):
-    rewards = np.asarray(linear(TABLE[np.asarray(masked.states(V, L))]))
-    found = rewards[code(sample(3, optax.adam(1.0), n=2000, mode=mode))]
-    assert found.mean() > P @ rewards + 0.3 * (rewards.max() - P @ rewards)
+    found = REWARDS[code(sample(3, optax.adam(1.0), n=2000, mode=mode))]
+    assert found.mean() > P @ REWARDS + 0.3 * (REWARDS.max() - P @ REWARDS)
 
 
 def test_tokens_that_are_given_reach_the_reward_and_stay():

@@ -7,7 +7,7 @@ from laws.harness import Example
 
 from esscher.core import categorical
 from esscher.objectives import discrete as losses
-from esscher.samplers.diffusion import anchored, discrete
+from esscher.samplers.diffusion import anchored, discrete, restarts
 
 B, L, V, MASK = 8, 3, 4, 3  # the mask is one of the tokens
 KEY = jax.random.key(0)
@@ -201,6 +201,19 @@ EXAMPLES = [
         ),
         anchored.anchored,
         rate=0.5,
+    ),
+    sampler(
+        "best_of",
+        lambda key, logits, x, temperature: restarts.best_of(
+            key,
+            lambda key: discrete.confidence_unmask(
+                key, lambda x, t: logits, x, TIMES, ALPHA, MASK, temperature=temperature
+            ),
+            lambda tokens: TABLE[tokens].sum((1, 2)),
+            2,
+        ),
+        restarts.best_of,
+        temperature=0.8,
     ),
     Example(
         name="st_embed",

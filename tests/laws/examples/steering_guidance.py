@@ -7,7 +7,7 @@ from laws.harness import Example
 from esscher.core import schedules
 from esscher.core.contracts import Prediction
 from esscher.samplers import integration, steppers
-from esscher.samplers.diffusion import adaptive, energy, forecasting
+from esscher.samplers.diffusion import adaptive, energy, forecasting, universal
 
 COSINE = schedules.cosine()
 X = jax.random.normal(jax.random.key(0), (8, 2))
@@ -137,6 +137,40 @@ EXAMPLES = [
         differentiable=("slope", "x", "scale"),
         batch=("slope", "x"),
         bad={"a scale of another batch": ("scale", jnp.ones(5))},
+    ),
+    guided(
+        universal.backward_guidance,
+        function=lambda x, rate: sampled(universal.backward_guidance(COND, square, COSINE, 2, rate), x),
+        rate=0.2,
+    ),
+    Example(
+        name="self_recurrence",
+        function=lambda key, x: integration.integrate(key, universal.self_recurrence(DDIM, COSINE, 3), COND, x, TIMES),
+        arguments={"key": KEY, "x": X},
+        covers=(universal.self_recurrence,),
+        differentiable=("x",),
+        batch=("x",),
+        bf16_tolerance=0.05,
+    ),
+    guided(
+        universal.noisy_energy_guidance,
+        function=lambda x, w: sampled(
+            COND, x, universal.noisy_energy_guidance(DDIM, square, lambda t, s: w * (t - s) * COSINE.g2(t))
+        ),
+        w=0.4,
+    ),
+    guided(
+        universal.tempered_classifier_step,
+        function=lambda x, w, joint, marginal: sampled(
+            UNCOND,
+            x,
+            universal.tempered_classifier_step(
+                DDIM, lambda z: z @ LOGITS[:2], jnp.zeros(len(x), int), w, joint=joint, marginal=marginal
+            ),
+        ),
+        w=0.2,
+        joint=1.1,
+        marginal=0.6,
     ),
     guided(
         adaptive.adaptive_cfg,
