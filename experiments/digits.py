@@ -1,8 +1,9 @@
-"""Learn handwritten digits, then sample them: guided, and by every solver at every budget.
+"""Learn handwritten digits, then sample them: guided, by every solver at every budget, and steered to new goals.
 
 Trains a class-conditional denoiser with the EDM loss on real digits (or any TFDS image set), then draws a sheet of
-samples per class at several guidance weights, and a table and figure of solver x evaluations x quality. Several values
-for a --hyper flag span a grid that trains as one program. The same command resumes a run that was stopped.
+samples per class at several guidance weights, a table and figure of solver x evaluations x quality, and samples
+steered to more ink, to a class and to a measurement, by particles and by gradients. Several values for a --hyper flag
+span a grid that trains as one program. The same command resumes a run that was stopped.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from jax.sharding import Mesh
 
 from esscher.core import data, reporting, schedules, sweeps
 from esscher.core.errors import UsageError
-from esscher.experiments import cli, quality, runs, sampling
+from esscher.experiments import cli, quality, runs, sampling, steered
 from esscher.models import dit, functional, preconditioning, unet
 from esscher.objectives import score
 
@@ -66,10 +67,12 @@ class Config(runs.Settings):
     """Budgets of model evaluations in the solver table; empty to leave the table out."""
     samples: int = 600
     """Images behind each number of the solver table."""
+    steered: int = 64
+    """Images of each steering method for each goal; 0 to leave steering out."""
     hyper: Hyper = dataclasses.field(default_factory=Hyper)
 
 
-MAY_CHANGE = (*runs.MAY_CHANGE, "data_dir", "weights", "evaluations", "samples")
+MAY_CHANGE = (*runs.MAY_CHANGE, "data_dir", "weights", "evaluations", "samples", "steered")
 
 
 def build(
@@ -122,6 +125,8 @@ def main(config: Config) -> None:
     mesh = runs.start(config, positive=("width", "depth", "samples"))
     if any(budget < 2 for budget in config.evaluations):
         raise UsageError(f"--evaluations must be at least 2 each, got {config.evaluations}")
+    if config.steered < 0 or config.steered == 1:
+        raise UsageError(f"--steered must be at least 2, or 0 to leave steering out, got {config.steered}")
     if not config.weights:
         raise UsageError("--weights needs at least one guidance weight")
     sweep = sweeps.grid(config.hyper, divisor=mesh.shape["sweep"])
@@ -160,7 +165,8 @@ def _evaluate(
     def denoise(params: Any, x: Array, sigma: Array, label: Array) -> Array:
         return network(params, x, sigma, label, sigma_data)
 
-    judge = quality.fit_judge(data.arrays(train), data.arrays(test))
+    real = data.arrays(train), data.arrays(test)
+    judge = quality.fit_judge(*real)
     study = sampling.Study(denoise, params, train.shape, train.num_classes, mesh, jax.random.key(config.seed + 1))
     sheets, guided = sampling.by_weight(study, judge, config.weights, config.samples)
     solvers = sampling.by_solver(study, judge, config.evaluations, config.samples)
@@ -174,6 +180,8 @@ def _evaluate(
         "Training": "\n\n".join([size, table, curves]),
         **sampling.report(folder, judge, sheets, guided, solvers, study.classes),
     }
+    if config.steered:
+        sections |= steered.report(folder, study, judge, *real, config.steered)
     reporting.write_report(folder, f"digits: {config.name}", sections)
 
 

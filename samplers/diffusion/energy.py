@@ -122,10 +122,10 @@ def energy_correction(
 ) -> Stepper:
     r"""Guidance after the step: `x_s = step(x_t) - w grad E`, the gradient taken at the state of either end.
 
-    At the start it is `grad E(D(x_t, t), t)`, whose model is the one that the step has evaluated; at the end the model
-    looks again, at `(x_s, t)`, the new state under the old time. With `ancestral` steps, `at="start"` and
-    `w = (alpha_s / alpha_t) (sigma_t^2 - sigma_s^2 alpha_t^2 / alpha_s^2)` it is `energy_guidance` at 1. The law is not
-    the tilt; with a constant `w` it depends on the number of steps.
+    At the start it is `grad E(D(x_t, t), t)`, and the step takes what the predictor said there, so that one evaluation
+    serves both; at the end the model looks again, at `(x_s, t)`, the new state under the old time. With `ancestral`
+    steps, `at="start"` and `w = (alpha_s / alpha_t) (sigma_t^2 - sigma_s^2 alpha_t^2 / alpha_s^2)` it is
+    `energy_guidance` at 1. The law is not the tilt; with a constant `w` it depends on the number of steps.
 
     Args:
       stepper: takes the step, with the predictor that it is integrated with.
@@ -144,9 +144,14 @@ def energy_correction(
         raise ValueError(f'at must be "start" or "end", got {at!r}')
 
     def step(key, x, prediction, t, s, carry, predictor):
+        look = lambda x: _slope(predictor, energy, x, jnp.broadcast_to(t, x.shape[:1]), through)  # noqa: E731
+        place = x
+        if at == "start":
+            prediction, slope = look(x)  # the same as was given, which is then never computed
         new, carry = stepper.step(key, x, prediction, t, s, carry, predictor)
-        place = x if at == "start" else new.astype(x.dtype)
-        slope = _slope(predictor, energy, place, jnp.broadcast_to(t, x.shape[:1]), through)[1]
+        if at == "end":
+            place = new.astype(x.dtype)
+            _, slope = look(place)
         size = w(t, s) if callable(w) else w
         check_per_example(x, w=size)
         return new - expand_like(size, x) * (slope if shape is None else shape(slope, place)), carry

@@ -27,6 +27,20 @@ def test_a_sheet_shows_every_image_pixel_by_pixel_in_its_place(tmp_path):
         np.testing.assert_allclose(shown, np.broadcast_to(ink, shown.shape), atol=1e-6)
 
 
+def test_captions_stand_under_their_group_and_move_no_column(tmp_path):
+    images = np.full((2, 4, 8, 8, 1), 1.0)
+    labels = ["a\nof two lines", "b"], ["0", "1"]
+    plain = pixels(figures.image_grid(images, *labels, tmp_path / "plain.png"))
+    captions = [["", ""], ["", "here"]]
+    sheet = pixels(figures.image_grid(images, *labels, tmp_path / "captions.png", captions=captions))
+    assert sheet.shape[:2] == (plain.shape[0] + 2 * 24, plain.shape[1])
+    left, right = np.split(sheet[-30:, -(4 * 32 + 2 * 2 + 10 + 6) : -6], [2 * 32 + 2 + 5], axis=1)
+    assert left.min() == 1  # nothing but paper
+    assert right.min() < 0.6
+    with pytest.raises(ValueError, match="captions must be 2 rows of 2, one for each group"):
+        figures.image_grid(images, *labels, tmp_path / "a.png", captions=[["", ""]])
+
+
 def test_a_colour_sheet_keeps_its_colours(tmp_path):
     images = np.stack([np.full((8, 8, 3), [1.0, -1.0, 0.0]), np.full((8, 8, 3), [-1.0, 1.0, 5.0])])[:, None]
     sheet = pixels(figures.image_grid(images, ["a", "b"], [""], tmp_path / "sheet.png"))

@@ -17,9 +17,9 @@ import pytest
 
 from esscher.core import checkpoints, meshes, reporting, sweeps
 from esscher.core.errors import UsageError
-from esscher.experiments import cli, digits, quality, sampling
+from esscher.experiments import cli, digits, quality, sampling, steered
 
-TINY = digits.Config(steps=40, save_every=20, batch_size=16, width=16, depth=1, samples=20, evaluations=(4,))
+TINY = digits.Config(steps=40, save_every=20, batch_size=16, width=16, depth=1, samples=20, evaluations=(4,), steered=8)
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +61,14 @@ def test_a_whole_run_writes_everything_it_promises(config, capsys):
     digits.main(dataclasses.replace(config, weights=(0.0, 2.0)))
     run = folder(config)
     assert json.loads((run / "config.json").read_text())["steps"] == 40
-    assert {path.name for path in (run / "figures").glob("*.png")} == {"samples.png", "solvers.png", "training.png"}
+    figures = {path.name for path in (run / "figures").glob("*.png")}
+    assert figures == {"samples.png", "solvers.png", "steered.png", "training.png"}
     assert list((run / "tensorboard").glob("events*"))
     report = (run / "report.md").read_text()
     for solver in sampling.SOLVERS:
         assert re.search(rf"\| {re.escape(solver)} +\| +4 \|", report), solver
+    for method in steered.METHODS:
+        assert len(re.findall(rf"\| {re.escape(method)} +\|", report)) == 3, method
     steps, values = reporting.read_metrics(run)["loss"]
     assert steps.tolist() == [20, 40]
     assert values[1] < values[0]
@@ -105,6 +108,8 @@ COMMAND = [
     "1",
     "--samples",
     "10",
+    "--steered",
+    "0",
 ]
 
 
@@ -168,7 +173,7 @@ def test_a_sweep_is_evaluated_at_its_best_member(config, monkeypatch, best):
     seen = []
     monkeypatch.setattr(sampling, "by_weight", lambda study, *_: seen.append(study.params) or ({}, []))
     monkeypatch.setattr(sampling, "report", lambda *_: {})
-    digits.main(dataclasses.replace(config, evaluations=(), hyper=digits.Hyper(lr=rates)))
+    digits.main(dataclasses.replace(config, evaluations=(), steered=0, hyper=digits.Hyper(lr=rates)))
     swept = dataclasses.replace(config, hyper=digits.Hyper(lr=rates))
     expected = jax.tree.map(lambda leaf: leaf[best], saved_state(swept).state.ema)
     jax.tree.map(np.testing.assert_array_equal, seen[0], expected)
@@ -200,6 +205,8 @@ def test_a_diverging_run_stops_keeps_its_checkpoint_and_writes_the_bad_batch(con
         ({"data_dir": pathlib.Path("/nowhere/at/all")}, "data folder /nowhere/at/all does not exist"),
         ({"name": "../up"}, "the run's name '../up' must be made of"),
         ({"weights": ()}, "--weights needs at least one"),
+        ({"steered": -1}, "--steered must be at least 2, or 0 to leave steering out, got -1"),
+        ({"steered": 1}, "--steered must be at least 2, or 0"),
         ({"width": 90}, "--model dit: width must be a multiple of 4, got 90"),
         ({"seed": -1}, "--seed must be at least 0, got -1"),
         ({"distributed": True}, "--distributed: "),

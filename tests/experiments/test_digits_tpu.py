@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from esscher.core import meshes, sweeps
-from esscher.experiments import digits, sampling
+from esscher.experiments import digits, sampling, steered
 
 pytest.importorskip("libtpu", reason="compiling for TPU needs libtpu: pip install 'esscher[tpu]' (Linux, x86-64)")
 
@@ -71,3 +71,22 @@ def test_the_sampler_compiles_for_a_slice(devices):
     assert compiled.output_shardings.spec[0] == "data" or compiled.output_shardings.is_equivalent_to(
         NamedSharding(mesh, meshes.BATCH), 4
     )
+
+
+def test_a_steering_sampler_compiles_for_a_slice_and_splits_its_particles(devices):
+    mesh = meshes.make(data=8, devices=devices)
+    program, network = digits.build(digits.Config(depth=1), (8, 8, 1), 10, mesh, sweeps.grid(digits.Hyper()))
+
+    def denoise(params, x, sigma, label):
+        return network(params, x, sigma, label, 0.75)
+
+    whole = NamedSharding(mesh, PartitionSpec())
+    shapes = steered.Goal((), (), (64, 10), (10,), (), (8, 8, 1), (8, 8, 1), (), ())
+    goal = steered.Goal(*(jax.ShapeDtypeStruct(shape, jnp.float32, sharding=whole) for shape in shapes))
+    goal = goal._replace(target=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole))
+    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=whole)
+    times = jax.ShapeDtypeStruct((33,), jnp.float32, sharding=whole)
+    sample = steered.sampler(steered.METHODS["TDS"], denoise, (8, 8, 1), 10, mesh, 64)
+    text = jax.jit(sample).lower(program.state.ema, key, goal, times).compile().as_text()
+    assert "[32,16,96]" in text  # 4 x 64 particles over eight devices, their tokens and the width
+    assert "[256,16,96]" not in text
