@@ -34,14 +34,14 @@ def lines(path: pathlib.Path, *panels: Panel) -> pathlib.Path:
     """
     if not writes():
         return path
-    figure = _figure((4.4 * len(panels) + 1.6, 3.2), layout="constrained")
     styles = _styles(list(dict.fromkeys(label for panel in panels for label in panel.series)))
+    named = list(styles)[:: math.ceil(len(styles) / MOST_NAMED)]
+    figure = _figure((4.4 * len(panels) + 1.6, max(3.2, 0.24 * len(named))), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _draw(axes, panel, styles)
     handles: dict[str, Any] = {}
     for axes in figure.axes:
         handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    named = list(styles)[:: math.ceil(len(styles) / MOST_NAMED)]
     if len(named) > 1:
         figure.legend([handles[label] for label in named], named, loc="outside right center", frameon=False)
     return _save(figure, path)

@@ -178,7 +178,7 @@ def _divergence(counts: Array, law: Array) -> Array:
 
 
 def _mixture(dimension: int, kind: str) -> Problem:
-    """Modes of different weight and shape on a ring in a plane; the reward sees that plane, in any dimension."""
+    """Modes of different weight and shape on a ring in a plane; rewards see that plane, some of them the rarest mode."""
     if dimension == 1:
         means, weights, plane = np.array([[-1.0], [1.5]]), np.array([0.3, 0.7]), np.ones((1, 1))
         values, bases = np.array([[0.2], [0.35]]), np.ones((2, 1, 1))
@@ -190,10 +190,11 @@ def _mixture(dimension: int, kind: str) -> Problem:
         values = draw.uniform(0.1, 0.4, (5, dimension))
         bases = np.linalg.qr(draw.normal(size=(5, dimension, dimension)))[0]
     along, zero, none = plane[0], np.zeros((dimension, dimension)), np.zeros(dimension)
+    rare = means[weights.argmin()] / np.linalg.norm(means[weights.argmin()])
     reward = {
-        "linear": Reward(zero, 1.0 * along, along, 0.0, 0.0, 0.5),
-        "quadratic": Reward(2.0 * np.outer(along, along), -2.0 * along, along, 0.0, 0.0, 0.5),
-        "half-space": Reward(zero, none, -along, 1.0, 2.5, 0.5),
+        "linear": Reward(zero, 1.75 * along, along, 0.0, 0.0, 0.5),
+        "quadratic": Reward(4.0 * np.outer(rare, rare), 7.0 * rare, rare, 0.0, 0.0, 0.5),
+        "half-space": Reward(zero, none, rare, 1.2, 3.0, 0.5),
     }[kind]
     return _vector_problem(means, weights, values, bases, reward)
 
@@ -246,8 +247,8 @@ def _string_problem(given: Strings) -> Problem:
 def _strings(kind: str) -> Problem:
     keys = jax.random.split(jax.random.key(7), 3)
     log_probs = jax.nn.log_softmax(1.5 * jax.random.normal(keys[0], (SYMBOLS**LENGTH,)))
-    single = jax.random.normal(keys[1], (LENGTH, SYMBOLS)) * (kind == "additive")
-    pairs = jax.random.normal(keys[2], (LENGTH - 1, SYMBOLS, SYMBOLS)) * (kind == "pairwise")
+    single = 2.0 * jax.random.normal(keys[1], (LENGTH, SYMBOLS)) * (kind == "additive")
+    pairs = 2.0 * jax.random.normal(keys[2], (LENGTH - 1, SYMBOLS, SYMBOLS)) * (kind == "pairwise")
     return _string_problem(Strings(log_probs, single, pairs))
 
 
