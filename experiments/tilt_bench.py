@@ -183,7 +183,7 @@ def race(
       seeds: runs of each.
     """
     rows, made = [], {name: tilt_problems.make(name) for name in names}
-    spaces = {space: [name for name in names if made[name].space == space] for space in samplers}
+    spaces = {space: [name for name in made if made[name].space == space] for space in samplers}
     programs = len(calls) * sum(len(samplers[space]) for space in spaces)
     with reporting.progress(programs, label="sampling") as show:
         done = 0
@@ -244,6 +244,9 @@ def _samplers(config: Config, problems: Sequence[str]) -> dict[str, dict[str, Ca
         for space in found:
             _try(path, function, tilt_problems.make(next(name for name in problems if name.startswith(space))))
             found[space][path.rpartition(".")[2]] = function
+    found = {space: table for space, table in found.items() if table}
+    if not found:
+        raise UsageError(f"--methods: none of {', '.join(config.methods)} runs on {', '.join(problems)}")
     return found
 
 

@@ -131,6 +131,7 @@ def test_a_sampler_of_the_users_own_is_ranked_beside_the_others(tmp_path, mine):
     [
         ({"problems": ("3-D",)}, "--problems: no 3-D; there are 1-D, 2-D, 16-D, 64-D, strings, 1-D linear"),
         ({"methods": ("TDS", "TSD")}, "--methods: no TSD; there are model, importance"),
+        ({"methods": ("APS",)}, "--methods: none of APS runs on 1-D linear"),
         ({"calls": (64, 4)}, r"--calls must be at least 8 each, got \(64, 4\)"),
         ({"samples": 10}, "--samples must be at least 64, got 10"),
         ({"samples": 0}, "--samples must be at least 64, got 0"),
