@@ -178,7 +178,7 @@ def _divergence(counts: Array, law: Array) -> Array:
 
 
 def _mixture(dimension: int, kind: str) -> Problem:
-    """Modes of different weight and shape on a ring in a plane, which is what rewards see, two of them the rarest mode."""
+    """Modes of different weight and shape on a ring in a plane; rewards see only that, two of them the rarest mode."""
     if dimension == 1:
         means, weights, plane = np.array([[-1.0], [1.5]]), np.array([0.3, 0.7]), np.ones((1, 1))
         values, bases = np.array([[0.2], [0.35]]), np.ones((2, 1, 1))
