@@ -1,27 +1,35 @@
 """Small helpers on arrays with a batch axis in front."""
 
-from typing import Literal
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
 __all__ = [
     "Reduce",
     "at_least_float32",
+    "cast_like",
     "check_floating",
     "check_groups",
+    "check_known",
     "check_per_example",
     "check_same_shape",
     "check_targets",
     "expand_like",
+    "is_known",
     "normal",
     "one_per_example",
     "per_example",
     "reduce_events",
     "safe_sqrt",
     "squared_norm",
+    "tempered",
+    "warn_of_nan",
 ]
 
 Reduce = Literal["mean", "sum"]
@@ -56,6 +64,11 @@ def at_least_float32(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def cast_like(tree: Any, like: Any) -> Any:
+    """The leaves of a tree in the types of another's: what a step makes of a state, whatever was computed wider."""
+    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), tree, like)
+
+
 def normal(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
     """Standard normal numbers in `dtype`, but in float32 at least: a bfloat16 normal has 128 values and no tails."""
     return jax.random.normal(key, shape, jnp.promote_types(dtype, jnp.float32))
@@ -65,6 +78,45 @@ def safe_sqrt(x: Array) -> Array:
     """Square root of the positive part, with gradient 0 where that is 0."""
     outside = x <= 0  # and not `x > 0`, with which a NaN would become 0
     return jnp.where(outside, 0.0, jnp.sqrt(jnp.where(outside, 1.0, x)))
+
+
+def tempered(logits: Array, tau: float | Array) -> Array:
+    """`logits / tau`; at `tau = 0` its limit, up to a constant: 0 for the first of the largest, `-inf` for the others.
+
+    Args:
+      logits: `[..., V]`, floating.
+      tau: at least 0, of a shape that broadcasts with the logits.
+    """
+    largest = jax.nn.one_hot(jnp.argmax(logits, -1), logits.shape[-1], dtype=bool)
+    cold = jnp.asarray(tau) <= 0  # and not `tau > 0`, with which a NaN would become 0
+    return jnp.where(cold, jnp.where(largest, 0, -jnp.inf), logits / jnp.where(cold, 1, tau))
+
+
+# --- what can be seen of values only where they are known, outside of `jit` -------------------------------------------
+
+
+def is_known(value: float | Array) -> bool:
+    """Whether the numbers can be looked at: not while a program is traced, and not where another process has them."""
+    return not isinstance(value, jax.core.Tracer) and getattr(value, "is_fully_addressable", True)
+
+
+def warn_of_nan(count: Array, what: str, stacklevel: int) -> None:
+    """Warns that `count`, summed, `what`, such as "values were NaN; ...", if that is known and not 0.
+
+    Args:
+      count: integers or booleans, of any shape.
+      what: the rest of the sentence.
+      stacklevel: as if `warnings.warn` stood in the place of this call.
+    """
+    if is_known(count) and (total := np.asarray(count).sum()):
+        warnings.warn(f"{total} {what}", stacklevel=stacklevel + 1)
+
+
+def check_known(holds: Callable[[np.ndarray], np.ndarray], what: str, **values: float | Array) -> None:
+    """Raises a ValueError, `beta must be above 0, got -1.0`, of known values for which it does not hold."""
+    for name, value in values.items():
+        if is_known(value) and not np.all(holds(np.asarray(value))):
+            raise ValueError(f"{name} must be {what}, got {value}")
 
 
 # --- checks, at trace time; the keyword is the argument's name in the message -----------------------------------------

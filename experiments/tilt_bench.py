@@ -227,7 +227,7 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _samplers(config: Config, problems: Sequence[str]) -> dict[str, dict[str, Callable]]:
-    """Samplers of each space that has problems, by name; those of the user last.
+    """Samplers of each space that has problems, by name; those of the user last, by path where their name is taken.
 
     Raises:
       UsageError: some that do not exist, or of the user's that do not run on these problems.
@@ -239,11 +239,13 @@ def _samplers(config: Config, problems: Sequence[str]) -> dict[str, dict[str, Ca
     for name in problems:
         table = tilt_samplers.STRINGS if name.startswith("strings") else tilt_samplers.VECTORS
         found[name.split(" ")[0]] = {method: table[method] for method in config.methods or table if method in table}
-    for path in config.sampler:
+    bare = {path: path.rpartition(".")[2] for path in config.sampler}
+    taken = [*known, *bare.values()]
+    for path, name in bare.items():
         function = named.find("--sampler", path, tilt_samplers.__name__)
         for space in found:
             _try(path, function, tilt_problems.make(next(name for name in problems if name.startswith(space))))
-            found[space][path.rpartition(".")[2]] = function
+            found[space][name if taken.count(name) == 1 else path] = function
     found = {space: table for space, table in found.items() if table}
     if not found:
         raise UsageError(f"--methods: none of {', '.join(config.methods)} runs on {', '.join(problems)}")
@@ -255,9 +257,14 @@ def _try(path: str, function: Callable, problem: Problem) -> None:
     few = 2 * tilt_samplers.CANDIDATES
     task = problem.task(problem.parameters, lambda model: model)
     try:
-        check(problem, jax.eval_shape(lambda key: function(key, task, few, few), jax.random.key(0)), few)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"--sampler {path}: {str(error).splitlines()[0]}") from error
+        returned = jax.eval_shape(lambda key: function(key, task, few, few), jax.random.key(0))
+    except Exception as error:  # whatever it is that the user's code raises
+        said = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+        raise UsageError(f"--sampler {path}: {said}") from error
+    try:
+        check(problem, returned, few)
+    except ValueError as error:
+        raise UsageError(f"--sampler {path}: {error}") from error
 
 
 def main(config: Config) -> None:
@@ -316,11 +323,12 @@ def _report(folder: pathlib.Path, settings: dict[str, Any], rows: list[Row], sec
     text = (
         f"{settings['samples']} samples of each sampler, {settings['seeds']} seeds; {seconds:.0f} s in all. Numbers "
         "are divergences in units of their noise floor, which is that of as many exact samples: 1 cannot be told from "
-        "the tilt. It is KL(samples, tilt) on the line (in bins that all hold as much of the tilt) and of strings, the "
-        "energy distance elsewhere; both grow as the square of an error. The mean is geometric, over problems. Calls "
-        "are those of the model for a sample, counted as the program ran; gradients through the model are not counted, "
-        "but they are timed. Tables are at the largest budget; `table.csv` and `table.md` have all budgets, errors, "
-        "floors, and the sliced Wasserstein distance."
+        "the tilt, and nan says that samples are not finite, or strings not of its tokens. It is KL(samples, tilt) on "
+        "the line (in bins that all hold as much of the tilt) and of strings, the energy distance elsewhere; both grow "
+        "as the square of an error. The mean is geometric, over problems. Calls are those of the model for a sample, "
+        "counted as the program ran; gradients through the model are not counted, but they are timed. Tables are at "
+        "the largest budget; `table.csv` and `table.md` have all budgets, errors, floors, and the sliced Wasserstein "
+        "distance."
     )
     sections = {"Result": "\n\n".join([text, *_pictures(folder, rows)])}
     for space in dict.fromkeys(row.space for row in rows):
@@ -352,11 +360,14 @@ def _pictures(folder: pathlib.Path, rows: Sequence[Row]) -> list[str]:
                 own = [row for row in rows if (row.space, row.method) == (space, method)]
                 budgets = [[row for row in own if row.budget == budget] for budget in sorted({r.budget for r in own})]
                 points = [(_cost(group)[index], mean_ratio(group)) for group in budgets]
-                series[method] = tuple(map(list, zip(*points, strict=True)))
+                points = [point for point in points if all(value > 0 for value in point)]  # as the axes are, no nan
+                if points:
+                    series[method] = tuple(map(list, zip(*points, strict=True)))
             panel = figures.Panel(series, label, f"divergence / floor, {space}", log_x=True, log_y=True)
-            panels.append(panel._replace(references={"exact samples": 1.0}))
-        path = figures.lines(folder / "figures" / f"{file}.png", *panels)
-        pictures.append(reporting.picture(path, folder, f"Divergence from the tilt against {label}"))
+            panels += [panel._replace(references={"exact samples": 1.0})] if series else []
+        if panels:
+            path = figures.lines(folder / "figures" / f"{file}.png", *panels)
+            pictures.append(reporting.picture(path, folder, f"Divergence from the tilt against {label}"))
     return pictures
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.scipy.special import log_ndtr
 
 from esscher.core import schedules
 from esscher.core.categorical import linear_alpha
@@ -27,7 +28,6 @@ NOISIEST, CLEANEST = -4.0, 4.0  # log(alpha / sigma) where samplers begin, and o
 BINS = 32
 SYMBOLS, LENGTH = 4, 4
 DIRECTIONS = 64  # that the Wasserstein distance is sliced along
-ROUNDS = 32  # of proposals for exact samples, where some are rejected
 
 
 class Task(NamedTuple):
@@ -51,7 +51,7 @@ class Problem(NamedTuple):
     parameters: Any  # arrays that programs are given
     task: Callable[[Any, Callable], Task]  # (parameters, wrapper of the model that counts) -> task
     exact: Callable[[Array, int], Array]  # (key, n) -> samples of the tilt
-    measure: Callable[[Array, Array], dict[str, Array]]  # (samples, samples of the tilt) -> divergences by name
+    measure: Callable[[Array, Array], dict[str, Array]]  # (samples, those of the tilt) -> divergences by name, or nan
     ranked: str  # the divergence that samplers are ranked by; it grows as the square of an error
 
 
@@ -121,24 +121,26 @@ def _vector_task(given: Vectors, counted: Callable) -> Task:
     )
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def _tilted_samples(given: Vectors, key: Array, n: int) -> Array:
-    """Exact ones: the reward's smooth part by its closed form, the jump by rejection."""
-    rounds = 1 if given.reward.height == 0 else ROUNDS
-    x, kept = _proposed(given, key, rounds, n)
-    if kept < n:
-        raise ValueError(f"only {kept} of {rounds * n} proposals were kept, {n} are wanted")
-    return x
+    """Exact ones: the smooth part of the reward by its closed form, the jump by a truncated normal across it.
 
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _proposed(given: Vectors, key: Array, rounds: int, n: int) -> tuple[Array, Array]:
-    """The first `n` of `rounds n` proposals that are kept, and how many are."""
-    reward, keys = given.reward, jax.random.split(key, 1 + rounds)
-    smooth = given.mixture().tilt_quadratic(reward.curvature, reward.slope, reward.beta)
-    x = jax.lax.map(lambda key: smooth.sample(key, n), keys[1:]).reshape(rounds * n, -1)
-    lost = reward.height / reward.beta * (x @ reward.direction <= reward.threshold)
-    kept = jax.random.exponential(keys[0], lost.shape) >= lost
-    return x[jnp.flatnonzero(kept, size=n)], kept.sum()
+    What is left of a Gaussian on either side of the plane is a truncated normal in its direction `a`, and in the other
+    directions as before: `y + S a / (a'S a) (s - a.y)` for `y` from the Gaussian and `s` from the truncated normal.
+    """
+    reward, keys = given.reward, jax.random.split(key, 3)
+    law = given.mixture().tilt_quadratic(reward.curvature, reward.slope, reward.beta)
+    along = jnp.einsum("kij,j->ki", law.covariances, reward.direction)
+    mean, std = law.means @ reward.direction, jnp.sqrt(along @ reward.direction)
+    z = (reward.threshold - mean) / std
+    sides = jnp.stack([log_ndtr(z), log_ndtr(-z) + reward.height / reward.beta], -1)  # below, above
+    k, above = jnp.divmod(jax.random.categorical(keys[0], (law.log_weights[:, None] + sides).ravel(), shape=(n,)), 2)
+    roots = jnp.linalg.cholesky(law.covariances)
+    y = law.means + jnp.einsum("kij,nj->nki", roots, jax.random.normal(keys[1], (n, law.means.shape[1])))
+    y = jnp.take_along_axis(y, k[:, None, None], 1)[:, 0]
+    low, high = jnp.where(above == 1, z[k], -jnp.inf), jnp.where(above == 1, jnp.inf, z[k])
+    s = mean[k] + std[k] * jax.random.truncated_normal(keys[2], low, high)
+    return y + (along / std[:, None] ** 2)[k] * (s - y @ reward.direction)[:, None]
 
 
 def _vector_problem(means: Array, weights: Array, values: Array, bases: Array, reward: Reward) -> Problem:
@@ -151,10 +153,10 @@ def _vector_problem(means: Array, weights: Array, values: Array, bases: Array, r
             "sliced Wasserstein": metrics.sliced_wasserstein(x, exact, directions),
             "energy distance": metrics.energy_distance(x, exact),
         }
-        if edges is None:
-            return found
-        counts = jnp.bincount(jnp.searchsorted(edges, x[:, 0]), length=BINS)
-        return {"KL": _divergence(counts, jnp.full(BINS, 1 / BINS))} | found
+        if edges is not None:
+            counts = jnp.bincount(jnp.searchsorted(edges, x[:, 0]), length=BINS)
+            found = {"KL": _divergence(counts, jnp.full(BINS, 1 / BINS))} | found
+        return _only_if(jnp.isfinite(x).all(), found)
 
     dimension = given.means.shape[1]
     one = jax.ShapeDtypeStruct((dimension,), jnp.float32)
@@ -175,6 +177,11 @@ def _divergence(counts: Array, law: Array) -> Array:
     """`KL(empirical || law)`, `[]`."""
     share = counts / counts.sum()
     return jnp.sum(jnp.where(counts > 0, share * jnp.log(jnp.where(counts > 0, share, 1.0) / law), 0.0))
+
+
+def _only_if(valid: Array, found: dict[str, Array]) -> dict[str, Array]:
+    """Divergences, or nan: a bin or a number would be found for what is no sample, too."""
+    return {name: jnp.where(valid, value, jnp.nan) for name, value in found.items()}
 
 
 def _mixture(dimension: int, kind: str) -> Problem:
@@ -237,7 +244,8 @@ def _string_problem(given: Strings) -> Problem:
 
     def measure(x: Array, exact: Array) -> dict[str, Array]:
         number = x @ SYMBOLS ** jnp.arange(LENGTH - 1, -1, -1)
-        return {"KL": _divergence(jnp.bincount(number, length=len(tilt)), jnp.exp(tilt))}
+        kl = _divergence(jnp.bincount(number, length=len(tilt)), jnp.exp(tilt))
+        return _only_if(jnp.all((x >= 0) & (x < SYMBOLS)), {"KL": kl})
 
     exact = lambda key, n: every[jax.random.categorical(key, tilt, shape=(n,))]  # noqa: E731
     one = jax.ShapeDtypeStruct((LENGTH,), jnp.int32)

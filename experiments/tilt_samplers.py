@@ -151,7 +151,7 @@ def diffusion_tree(key: Array, task: Task, n: int, calls: int) -> Array:
 
 
 def _guided(through: bool) -> Sampler:
-    """`energy_guidance` with the reward as energy: through the model as DPS, or in its data term."""
+    """`energy_guidance` with the reward as energy: by its gradient through the model, or in the model's data term."""
 
     def sample(key: Array, task: Task, n: int, calls: int) -> Array:
         start_key, path_key = jax.random.split(key)
@@ -189,7 +189,7 @@ VECTORS: dict[str, Sampler] = _BOTH | {
     "TDS": _particles(lambda task: steering.tds(task.model, task.log_reward, task.schedule)),
     "FKC": _corrector(1.0),
     "FKC rho 4": _corrector(4.0),
-    "DPS": _guided(True),
+    "gradient through D": _guided(True),
     "gradient in D": _guided(False),
 }
 

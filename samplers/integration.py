@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from esscher.core.arrays import check_floating
+from esscher.core.arrays import cast_like, check_floating, is_known
 from esscher.core.contracts import Predictor, Stepper
 
 __all__ = ["carried", "check_inputs", "check_times", "integrate"]
@@ -49,7 +49,7 @@ def carried(
         key, t, s = inputs
         prediction = predictor(x, jnp.broadcast_to(t, x.shape[:1]))
         new = stepper.step(key, x, prediction, t, s, history, predictor)
-        return jax.tree.map(lambda new, old: new.astype(old.dtype), new, carry), None
+        return cast_like(new, carry), None
 
     keys = jax.random.split(key, times.shape[0] - 1)
     return jax.lax.scan(body, (x, stepper.init(x)), (keys, times[:-1], times[1:]), unroll=unroll)[0]
@@ -66,5 +66,5 @@ def check_times(times: Array) -> None:
     check_floating(times=times)
     if times.ndim != 1 or times.shape[0] < 2:
         raise ValueError(f"times must be a vector of at least two, got shape {times.shape}")
-    if not isinstance(times, jax.core.Tracer) and not np.all(np.diff(np.asarray(times)) < 0):
+    if is_known(times) and not np.all(np.diff(np.asarray(times)) < 0):
         raise ValueError(f"times must be strictly decreasing, from noise to data, got {np.asarray(times)}")

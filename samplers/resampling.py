@@ -2,8 +2,8 @@ r"""Resampling: which particles have offspring, and how many, so that each has `
 
 The four schemes have one signature, `(key, log_w[N], n=None) -> ancestors[n]`, and ascending ancestors. Their numbers
 of offspring vary ever less: multinomial, residual, stratified, systematic. `W = softmax(log_w)`; a weight of `-inf` or
-NaN has no offspring. Where no weight is above 0 there is nothing to choose by, and all count alike. Ancestors are
-integers, through which no gradient passes.
+NaN has no offspring. Where no weight is above 0 there is nothing to choose by: a ValueError, and under `jit`, where
+that cannot be seen, all count alike. Ancestors are integers, through which no gradient passes.
 
 Nothing is searched: how many of the points lie below each partial sum of the weights is computed, and what has been
 counted is laid out again. So a million particles cost a few passes over them. Partial sums are kept as whole part and
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from esscher.core.arrays import at_least_float32, check_floating
+from esscher.core.arrays import at_least_float32, check_floating, is_known
 
 __all__ = ["Resampler", "multinomial", "residual", "stratified", "systematic"]
 
@@ -52,16 +52,7 @@ def stratified(key: Array, log_w: Array, n: int | None = None) -> Array:
 
     With equal weights and `n = N` it is the identity.
 
-    Args:
-      key: typed random key.
-      log_w: `[N]`, up to a constant.
-      n: how many are wanted, `N` by default.
-
-    Returns:
-      Ancestors, `[n]`, ascending.
-
-    Raises:
-      ValueError: `log_w` is not a vector of at least one floating number, `n` is less than 1.
+    Arguments, result and errors are as in `systematic`.
 
     Reference: Comparison of Resampling Schemes for Particle Filtering, arXiv:cs/0507025.
     """
@@ -74,16 +65,7 @@ def stratified(key: Array, log_w: Array, n: int | None = None) -> Array:
 def multinomial(key: Array, log_w: Array, n: int | None = None) -> Array:
     """Independent ancestors, sorted; the scheme with which the ancestor of one particle says nothing of another's.
 
-    Args:
-      key: typed random key.
-      log_w: `[N]`, up to a constant.
-      n: how many are wanted, `N` by default.
-
-    Returns:
-      Ancestors, `[n]`, ascending.
-
-    Raises:
-      ValueError: `log_w` is not a vector of at least one floating number, `n` is less than 1.
+    Arguments, result and errors are as in `systematic`.
 
     Reference: Comparison of Resampling Schemes for Particle Filtering, arXiv:cs/0507025.
     """
@@ -97,16 +79,7 @@ def residual(key: Array, log_w: Array, n: int | None = None) -> Array:
 
     With equal weights and `n = N` it is the identity.
 
-    Args:
-      key: typed random key.
-      log_w: `[N]`, up to a constant.
-      n: how many are wanted, `N` by default.
-
-    Returns:
-      Ancestors, `[n]`, ascending.
-
-    Raises:
-      ValueError: `log_w` is not a vector of at least one floating number, `n` is less than 1.
+    Arguments, result and errors are as in `systematic`.
 
     Reference: Comparison of Resampling Schemes for Particle Filtering, arXiv:cs/0507025.
     """
@@ -127,6 +100,8 @@ def _shares(log_w: Array, n: int | None) -> Array:
     log_w = at_least_float32(jax.lax.stop_gradient(log_w))
     log_w = jnp.where(jnp.isnan(log_w), -jnp.inf, log_w)
     top = log_w.max()
+    if is_known(top) and top == -jnp.inf:
+        raise ValueError("log_w has no weight above 0, so there is nothing to choose by")
     w = jnp.exp(jnp.where(log_w == top, 0, log_w - top))  # the largest are 1, infinite ones too
     return w * ((n or len(log_w)) / w.sum())
 

@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array
 from jax.scipy.special import logsumexp
 
-from esscher.core.arrays import at_least_float32, check_floating
+from esscher.core.arrays import at_least_float32, check_floating, is_known
 from esscher.samplers.resampling import Resampler, multinomial, systematic
 
 __all__ = [
@@ -67,7 +67,7 @@ class Trace(NamedTuple):
     ess: Array  # [T] effective sample size after each step
     resampled: Array  # [T] share of the islands that resampled before it
     log_z: Array  # [T] the estimate after it
-    nan: Array  # [T] how many weights were NaN, which count as 0
+    nan: Array  # [T] how many weights became NaN or +inf, which count as 0; those of the start are in the first step
     alive: Array  # [T] whether any weight is above 0; once it is not, log_z is -inf and the states mean nothing
     history: History | None
 
@@ -80,7 +80,7 @@ class Path(NamedTuple):
 
 
 def begin(state: Any, log_w: Array | None = None) -> Particles:
-    """Particles of a start, all of one weight unless `log_w[N]` says otherwise.
+    """Particles of a start, all of one weight unless `log_w[N]` says otherwise; `run` counts weights that are NaN.
 
     Raises:
       ValueError: no particles, leaves that disagree about how many, or a weight for each that is not floating.
@@ -95,7 +95,12 @@ def begin(state: Any, log_w: Array | None = None) -> Particles:
         raise ValueError(f"log_w must have shape {counts.pop()}, a weight for each particle, got {jnp.shape(log_w)}")
     check_floating(log_w=log_w)
     log_w = at_least_float32(log_w)
-    return Particles(state, log_w, logsumexp(log_w) - math.log(len(log_w)))
+    return Particles(state, log_w, logsumexp(_valid(log_w)) - math.log(len(log_w)))
+
+
+def _valid(log_w: Array) -> Array:
+    """With 0 for weights that are no numbers."""
+    return jnp.where(log_w < jnp.inf, log_w, -jnp.inf)
 
 
 def effective_sample_size(log_w: Array) -> Array:
@@ -123,10 +128,11 @@ def run(
 ) -> tuple[Particles, Trace]:
     """Carries particles through the steps of `inputs` in one `lax.scan`, resampling where their weights have drifted.
 
-    Before a step particles are resampled if their effective sample size is below `ess_threshold N`. Particles of the
-    last step keep their weights. With islands each part of the population looks after itself, and is resampled by its
-    own weights to its own mean weight: nothing but sums crosses from one to another, so islands that lie on different
-    devices send no states. The law of `(particles, log_z)`, and so the target, is properly weighted either way.
+    Before a step particles are resampled if their effective sample size is below `ess_threshold N`. A weight of 0 is
+    final until then, whatever a step adds to its logarithm. Particles of the last step keep their weights. With islands
+    each part of the population looks after itself, and is resampled by its own weights to its own mean weight: nothing
+    but sums crosses from one to another, so islands that lie on different devices send no states. The law of
+    `(particles, log_z)`, and so the target, is properly weighted either way.
 
     Args:
       key: typed random key.
@@ -140,20 +146,27 @@ def run(
 
     Returns:
       The particles after the last step, and the trace. Without a transformation around it (`jit`, `vmap`, ...) the run
-      warns of weights that were NaN; within one look at `Trace.nan` and `Trace.alive`.
+      warns of weights that were NaN or `+inf`; within one look at `Trace.nan` and `Trace.alive`.
 
     Raises:
-      ValueError: `islands` does not divide the particles; no inputs; `propose` changes the state's structure or gives
-        no weight for each particle; all weights became 0 (where that can be seen, see above).
+      ValueError: `islands` does not divide the particles; no inputs, or of different lengths; a `propose` that is no
+        function, changes the state's structure or gives no weight for each particle; all weights became 0 (where that
+        can be seen, see above).
 
     Reference: Sequential Monte Carlo Samplers (Del Moral, Doucet, Jasra 2006); Particle Islands (Verge et al. 2015).
     """
     count = len(particles.log_w)
     if islands < 1 or count % islands:
         raise ValueError(f"islands must divide the {count} particles, got {islands}")
-    if not jax.tree.leaves(inputs):
-        raise ValueError("inputs must hold at least one array, with the steps in front")
+    if not callable(propose):
+        raise ValueError(
+            "propose must be a function (key, state, input) -> (state, delta_log_w), as steering.twisted makes one of "
+            f"a kernel, got {type(propose).__name__}; the steps of a deterministic solver have no density"
+        )
+    keys = jax.random.split(key, _length(inputs))
     identity, renew = jnp.arange(count, dtype=jnp.int32), functools.partial(_renew, resample)
+    wrong = ~(particles.log_w < jnp.inf)
+    particles = particles._replace(log_w=_valid(particles.log_w))
 
     def step(particles: Particles, inputs: tuple[Any, ...]) -> tuple[Particles, tuple[Any, ...]]:
         key, given = inputs
@@ -164,16 +177,17 @@ def run(
         skip = lambda key, state, log_w, worn: (state, log_w, identity)  # noqa: E731
         state, log_w, ancestors = jax.lax.cond(worn.any(), renew, skip, resample_key, *particles[:2], worn)
         state, delta = _proposed(propose, propose_key, state, given)
-        invalid = jnp.isnan(delta)
-        delta = jnp.where(invalid, -jnp.inf, delta)
+        dead = log_w == -jnp.inf
+        invalid = ~(delta < jnp.inf) & ~dead
+        delta = jnp.where(dead | invalid, -jnp.inf, delta.astype(log_w.dtype))
         before, log_w = logsumexp(log_w), log_w + delta
         after = logsumexp(log_w)
         log_z = jnp.where(jnp.isfinite(before), particles.log_z + after - before, -jnp.inf)
         told = Trace(effective_sample_size(log_w), worn.mean(), log_z, invalid.sum(), after > -jnp.inf, None)
         return Particles(state, log_w, log_z), (told, (state, ancestors, delta) if history else None)
 
-    keys = jax.random.split(key, jax.tree.leaves(inputs)[0].shape[0])
     last, (trace, known) = jax.lax.scan(step, particles, (keys, inputs))
+    trace = trace._replace(nan=trace.nan.at[:1].add(wrong.sum()))
     _complain(trace)
     if history:
         join = lambda first, rest: jnp.concatenate([first[None], rest])  # noqa: E731
@@ -212,7 +226,7 @@ def conditional(
 
     Reference: Particle Markov Chain Monte Carlo Methods (Andrieu, Doucet, Holenstein 2010).
     """
-    steps = jax.tree.leaves(inputs)[0].shape[0]
+    steps = _length(inputs)
     if any(jnp.shape(leaf)[:1] != (steps + 1,) for leaf in jax.tree.leaves(reference)):
         raise ValueError(f"reference must have {steps + 1} states and weights, one more than there are inputs")
     pin = functools.partial(jax.tree.map, lambda leaf, value: leaf.at[0].set(value))
@@ -226,7 +240,11 @@ def conditional(
         return jnp.concatenate([jnp.zeros(1, others.dtype), others])
 
     first, rest = (jax.tree.map(lambda leaf, part=part: leaf[part], reference) for part in (0, slice(1, None)))
-    particles = begin(*pin(tuple(particles[:2]), tuple(first)))
+    pinned = begin(*pin(tuple(particles[:2]), tuple(first)))
+    # A start may know its normaliser, as that of a corrector does: only what pinning changed is taken off.
+    before = begin(*particles[:2]).log_z
+    offset = jnp.where(jnp.isfinite(before), particles.log_z - before, 0.0)
+    particles = pinned._replace(log_z=pinned.log_z + offset)
     options = {"resample": survive, "ess_threshold": ess_threshold, "history": True}
     return run(key, proposed, particles, (inputs, rest), **options)
 
@@ -260,14 +278,28 @@ def _proposed(propose: Propose, key: Array, state: Any, given: Any) -> tuple[Any
     return state, at_least_float32(delta)
 
 
+def _length(inputs: Any) -> int:
+    """How many steps there are inputs for."""
+    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(inputs)}
+    if len(lengths) != 1 or () in lengths:
+        raise ValueError(
+            f"inputs must hold arrays with one axis of steps in front, got the axes {lengths or 'of none'}"
+        )
+    return lengths.pop()[0]
+
+
 def _complain(trace: Trace) -> None:
     """Raises or warns of weights that are 0 or NaN, where they can be seen."""
-    if isinstance(trace.nan, jax.core.Tracer) or not trace.nan.is_fully_addressable:
+    if not is_known(trace.nan):
         return
     nan, alive = np.asarray(trace.nan), np.asarray(trace.alive)
     if nan.any():
         steps = ", ".join(map(str, np.flatnonzero(nan)[:5]))
-        warnings.warn(f"{nan.sum()} weights were NaN, first in the steps {steps}; they count as 0", stacklevel=4)
+        warnings.warn(
+            f"{nan.sum()} weights were NaN or +inf, first in the steps {steps}, and count as 0: look at what the "
+            "reward, the twist or the densities return there",
+            stacklevel=3,
+        )
     if not alive.all():
         raise ValueError(
             f"all weights are 0 after step {np.argmin(alive)}: no particle can be where the target is; take more "

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from esscher.core.arrays import at_least_float32, check_floating
+from esscher.core.arrays import at_least_float32, check_floating, tempered
 from esscher.core.contracts import Transform
 from esscher.core.tokens import token_entropy
 
@@ -43,12 +43,7 @@ def temperature(tau: float | Array) -> Transform:
 
     The law of a sequence is then not `p(x)^(1/tau)` renormalised: that of each token is, given those before it.
     """
-
-    def apply(logits: Array) -> Array:
-        likeliest = jax.nn.one_hot(jnp.argmax(logits, -1), logits.shape[-1], dtype=bool)
-        return jnp.where(tau > 0, logits / jnp.where(tau > 0, tau, 1), jnp.where(likeliest, 0, -jnp.inf))
-
-    return stateless(apply)
+    return stateless(lambda logits: tempered(logits, tau))
 
 
 def top_k(k: int | Array) -> Transform:

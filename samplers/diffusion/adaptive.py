@@ -17,6 +17,7 @@ from jax.scipy.special import ndtr
 
 from esscher.core.arrays import (
     at_least_float32,
+    cast_like,
     check_floating,
     check_per_example,
     check_same_shape,
@@ -50,11 +51,7 @@ __all__ = [
 
 def _cfg(cond: Prediction, uncond: Prediction, w: Weight, x: Array, t: Array) -> Prediction:
     """`guidance.cfg` of predictions that are known, in the types of the conditional one."""
-    return _like(cfg(lambda x, t: cond, lambda x, t: uncond, w)(x, t), cond)
-
-
-def _like(out: Prediction, like: Prediction) -> Prediction:
-    return jax.tree.map(lambda out, like: out.astype(like.dtype), out, like)
+    return cast_like(cfg(lambda x, t: cond, lambda x, t: uncond, w)(x, t), cond)
 
 
 class Latch(NamedTuple):
@@ -212,9 +209,9 @@ def linear_cfg(
         def estimate() -> Prediction:
             guess = prediction._replace(noise=linear_guidance(coefficients, i, history, carry.uncond))
             data = implied_data(x, guess, step_coefficients(schedule, t, s))
-            return _like(guess._replace(data=data), prediction)
+            return cast_like(guess._replace(data=data), prediction)
 
-        look = lambda: _like(uncond(x, times), prediction)  # noqa: E731
+        look = lambda: cast_like(uncond(x, times), prediction)  # noqa: E731
         free = jax.lax.cond(jnp.asarray(evaluated, bool)[i], look, estimate)
         x, inner = stepper.step(key, x, _cfg(prediction, free, w, x, times), t, s, carry.carry, _no_second_look)
         return x, Recorded(i + 1, history, record(carry.uncond, free.noise), inner)

@@ -14,7 +14,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from esscher.core.arrays import at_least_float32, check_floating, check_per_example, expand_like, one_per_example
+from esscher.core.arrays import (
+    at_least_float32,
+    check_floating,
+    check_known,
+    check_per_example,
+    expand_like,
+    one_per_example,
+    tempered,
+)
 from esscher.core.autodiff import straight_through
 from esscher.samplers.diffusion.discrete import Confidence, Denoiser, Level, confidence_unmask
 
@@ -44,14 +52,15 @@ def st_embed(
       key: typed random key, for "sample".
       logits: `[B, L, V]`; may be `-inf`.
       table: embeddings, `[V, D]`.
-      temperature: `tau`, a scalar or `[B]`.
+      temperature: `tau`, a scalar or `[B]`; at 0, the limit, the most likely token alone, without a gradient.
       mode: the hard one is that of a token drawn from `p`, of the most likely one, or the row nearest to `e`.
 
     Returns:
       `[B, L, D]`, float32 at least.
 
     Raises:
-      ValueError: a table of other tokens, arrays that are not floating, an unknown mode.
+      ValueError: a table of other tokens, arrays that are not floating, an unknown mode, a temperature of the wrong
+        shape or known to be below 0.
 
     Reference: Test-Time Anchoring for Discrete Diffusion Posterior Sampling, arXiv:2510.02291.
     """
@@ -61,7 +70,9 @@ def st_embed(
     if mode not in ("sample", "argmax", "nearest"):
         raise ValueError(f'mode must be "sample", "argmax" or "nearest", got {mode!r}')
     check_per_example(logits, temperature=temperature)
-    scaled, table = at_least_float32(logits) / expand_like(temperature, logits), at_least_float32(table)
+    check_known(lambda tau: tau >= 0, "at least 0", temperature=temperature)
+    scaled = tempered(at_least_float32(logits), expand_like(temperature, logits))
+    table = at_least_float32(table)
     soft = jax.nn.softmax(scaled) @ table
     if mode == "nearest":
         # Without |e|^2, which is the same for all rows.
@@ -148,7 +159,7 @@ def anchored(
       mask_id: the mask's token.
       optimizer: of the inner steps, `optax.adam(1.0)` in the paper.
       n_steps: inner steps, each with tokens of its own.
-      temperature: of the tokens, inside and outside; a scalar or `[B]`.
+      temperature: of the tokens, inside and outside; a scalar or `[B]`. At 0 nothing guides, for want of a gradient.
       mode: see `st_embed`.
       confidence: see `confidence_unmask`; of the changed logits.
 

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from esscher.core.arrays import expand_like, normal, squared_norm
+from esscher.core.arrays import at_least_float32, check_known, expand_like, normal, one_per_example, squared_norm
 from esscher.core.contracts import Prediction, Predictor
 from esscher.core.schedules import Schedule
 from esscher.samplers import smc
+from esscher.samplers.diffusion.steering import check_ends
 from esscher.samplers.steppers.coefficients import StepCoefficients, implied_data, step_coefficients, tweedie_ratio
 
 __all__ = ["Corrected", "corrector"]
@@ -58,9 +59,9 @@ def corrector(
       predictors: the models, one evaluation of each a step.
       exponents: `c_i`, of a sum above 0; may be traced.
       schedule: the noise schedule.
-      rho: noise, 1 that of the reverse SDE. More lets particles forget each other, so that modes keep their shares,
-        and needs smaller steps; at 0 nothing tells copies of a particle apart again, so resampling
-        collapses.
+      rho: noise, at least 0, 1 that of the reverse SDE. More lets particles forget each other, so that modes keep their
+        shares, and needs smaller steps; at 0 nothing tells copies of a particle apart again, so that resampling
+        collapses: leave it out then, by an `ess_threshold` of 0.
       reward: `r`, `[N, ...] -> [N]`, of noisy states; differentiated.
       strength: `b(t)`, `1 / beta` at the end and 0 at the start of the grid; with the reward.
 
@@ -69,16 +70,17 @@ def corrector(
       signal is lost in noise at `t`), and `propose`.
 
     Raises:
-      ValueError: not one exponent for each predictor, known exponents whose sum is not above 0, or a reward without a
-        strength.
+      ValueError: not one exponent for each predictor, known exponents whose sum is not above 0, a known `rho` below 0,
+        a reward without a strength, or one that is not `[N]`.
 
     Reference: Feynman-Kac Correctors in Diffusion, arXiv:2503.02819.
     """
     if len(predictors) != len(exponents) or not predictors:
         raise ValueError(f"exponents must be one for each predictor, got {len(exponents)} for {len(predictors)}")
-    total = sum(exponents)
+    total, worth = sum(exponents), lambda x: at_least_float32(one_per_example(x, reward=reward(x)))
     if not isinstance(total, jax.core.Tracer) and not np.all(np.asarray(total) > 0):
         raise ValueError(f"exponents must have a sum above 0, else the target has no mass that is finite, got {total}")
+    check_known(lambda rho: rho >= 0, "at least 0", rho=rho)
     if (reward is None) != (strength is None):
         raise ValueError("reward and strength belong together: give both or neither")
 
@@ -88,19 +90,19 @@ def corrector(
         log_z = 0.5 * size * ((1 - total) * jnp.log(2 * jnp.pi * sigma**2) - jnp.log(total))
         particles = smc.begin(
             Corrected(x, (x,) * (1 if reward is None else 2), jnp.zeros(n), jnp.full(n, jnp.inf)),
-            None if reward is None else strength(t) * reward(x),
+            None if reward is None else strength(t) * worth(x),
         )
         return particles._replace(log_z=particles.log_z + log_z)
 
     def propose(key: Array, state: Corrected, ends: tuple[Array, Array]) -> tuple[Corrected, Array]:
-        x, (t, s) = state.x, ends
+        x, (t, s) = state.x, check_ends(ends)
         c = step_coefficients(schedule, t, s)
         noises = [predictor(x, jnp.broadcast_to(t, x.shape[:1])).noise for predictor in predictors]
         mixed = sum(e * noise for e, noise in zip(exponents, noises, strict=True))
         rate = squared_norm(mixed) - sum(e * squared_norm(noise) for e, noise in zip(exponents, noises, strict=True))
         data = (implied_data(x, Prediction(jnp.zeros_like(x), mixed), c),)
         if reward is not None:
-            pull = rho / (1 + rho) * strength(t) * jax.grad(lambda x: reward(x).sum())(x)
+            pull = rho / (1 + rho) * strength(t) * jax.grad(lambda x: worth(x).sum())(x)
             data += (data[0] + tweedie_ratio(c.alpha_t, c.sigma_t) * pull,)
         usable = jnp.isfinite(state.lam) & c.regular
         slope = jnp.where(usable, 0.5 * c.finite_h / jnp.where(usable, c.lam - state.lam, 1.0), 0.0)
@@ -109,7 +111,7 @@ def corrector(
         mean_rate = rate + slope * (rate - state.rate)
         delta = jnp.where(c.regular, c.finite_h * mean_rate + (total - 1) * x[0].size * log_scale, 0.0)
         if reward is not None:
-            delta += strength(s) * reward(_step(key, x, ahead[0], c, 0.0)) - strength(t) * reward(x)
+            delta += strength(s) * worth(_step(key, x, ahead[0], c, 0.0)) - strength(t) * worth(x)
         lam = jnp.where(c.alpha_t > 0, c.lam, jnp.inf)
         return Corrected(_step(key, x, ahead[-1], c, rho), data, rate, jnp.broadcast_to(lam, rate.shape)), delta
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from esscher.core.arrays import check_per_example, expand_like
+from esscher.core.arrays import check_known, check_per_example, expand_like, tempered
 from esscher.core.categorical import (
     check_tokens,
     masked_posterior_logits,
@@ -314,14 +314,16 @@ def confidence_unmask(
       alpha: the schedule.
       mask_id: the mask's token.
       confidence: "maximum", the log-prob of the most likely token; "entropy", less the entropy; "random".
-      temperature: tokens, and confidences, are those of `softmax(logits / temperature)`.
+      temperature: tokens, and confidences, are those of `softmax(logits / temperature)`; a scalar or `[B]`. At 0, the
+        limit, tokens are the most likely ones, and the surest are those that lead the second by most.
       guide: changes the logits before tokens are drawn from them, as in `anchored`.
 
     Returns:
       `[B, L]`, without masks.
 
     Raises:
-      ValueError: tokens, a grid or a temperature of the wrong shape, an unknown confidence.
+      ValueError: tokens, a grid or a temperature of the wrong shape, an unknown confidence, a temperature known to be
+        below 0.
 
     Reference: Large Language Diffusion Models, arXiv:2502.09992; MaskGIT: Masked Generative Image Transformer,
       arXiv:2202.04200.
@@ -329,6 +331,7 @@ def confidence_unmask(
     check_times(times)
     check_tokens(x=x)
     check_per_example(x, temperature=temperature)
+    check_known(lambda tau: tau >= 0, "at least 0", temperature=temperature)
     if confidence not in ("maximum", "entropy", "random"):
         raise ValueError(f'confidence must be "maximum", "entropy" or "random", got {confidence!r}')
     levels = alpha(times)
@@ -341,10 +344,13 @@ def confidence_unmask(
         is_mask, logits = x == mask_id, subs_logits(_ask(denoiser, x, t), x, mask_id)
         if guide is not None:
             logits = guide(guide_key, logits, x)
-        log_probs = jax.nn.log_softmax(logits / expand_like(temperature, logits))
+        log_probs = jax.nn.log_softmax(tempered(logits, expand_like(temperature, logits)))
         # A share such as 1/3 of 3 positions is rounded: without the margin it might keep none.
         n_commit = jnp.floor(share * is_mask.sum(-1) + 1e-3).astype(jnp.int32)
         sure = _confidence(order_key, log_probs, confidence)
+        if confidence != "random":
+            # As it falls to 0 all confidences tend to 0, in the order of their leads.
+            sure = jnp.where(expand_like(temperature, sure) <= 0, _lead(logits), sure)
         return unmask_most_confident(x, _draw(token_key, log_probs, x), sure, is_mask, n_commit), None
 
     keys = jax.random.split(key, len(times) - 1)
@@ -359,3 +365,9 @@ def _confidence(key: Array, log_probs: Array, kind: Confidence) -> Array:
         return log_probs.max(-1)
     possible = log_probs > -jnp.inf
     return jnp.sum(jnp.where(possible, jnp.exp(log_probs) * jnp.where(possible, log_probs, 0), 0), -1)
+
+
+def _lead(logits: Array) -> Array:
+    """How far the largest is ahead of the second, `[B, L, V] -> [B, L]`; 0 where two are largest."""
+    rest = jnp.where(tempered(logits, 0) == 0, -jnp.inf, logits)
+    return logits.max(-1) - rest.max(-1)

@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
-from esscher.core.arrays import check_same_shape, normal, reduce_events
+from esscher.core.arrays import cast_like, check_known, check_same_shape, normal, reduce_events
 from esscher.core.contracts import Prediction, Predictor, ReverseKernel
 from esscher.core.schedules import Schedule
 from esscher.samplers.steppers.coefficients import noise_levels, step_coefficients
@@ -17,6 +16,7 @@ from esscher.samplers.steppers.coefficients import noise_levels, step_coefficien
 __all__ = [
     "Seen",
     "check_kernel",
+    "check_noise",
     "ddim_kernel",
     "ddim_moments",
     "normal_log_prob",
@@ -58,8 +58,7 @@ def ddim_kernel(predictor: Predictor, schedule: Schedule, eta: float | Array = 1
 
     Reference: Denoising Diffusion Implicit Models, arXiv:2010.02502.
     """
-    if not isinstance(eta, jax.core.Tracer) and not np.all(np.asarray(eta) > 0):
-        raise ValueError(f"eta must be above 0, since a step without noise has no density, got {eta}")
+    check_noise(eta=eta)
 
     def moments(x: Array, t: Array, s: Array) -> tuple[Array, Array]:
         return ddim_moments(x, predictor(x, jnp.broadcast_to(t, x.shape[:1])), t, s, schedule, eta)
@@ -110,10 +109,9 @@ def remembering_kernel(
         return Seen(x, model(x, jnp.broadcast_to(t, x.shape[:1])))
 
     def sample(key: Array, state: Seen, t: Array, s: Array) -> Seen:
-        new = build(lambda x, t: state.said).sample(key, state.x, t, s)
-        if last is None:
-            return look(new, s)
-        return jax.lax.cond(last(s), lambda: Seen(new, state.said), lambda: look(new, s))
+        new = cast_like(build(lambda x, t: state.said).sample(key, state.x, t, s), state.x)
+        looked = lambda: cast_like(look(new, s), state)  # noqa: E731
+        return looked() if last is None else jax.lax.cond(last(s), lambda: Seen(new, state.said), looked)
 
     def log_prob(new: Seen, state: Seen, t: Array, s: Array) -> Array:
         return build(lambda x, t: state.said).log_prob(new.x, state.x, t, s)
@@ -140,6 +138,11 @@ def remembered_value(
 def normal_log_prob(x: Array, mean: Array, std: Array) -> Array:
     """`sum log N(x; mean, std^2)` over the event axes, in nats, `[B, ...] -> [B]`; `std` is a scalar."""
     return reduce_events(-0.5 * jnp.square((x - mean) / std) - jnp.log(std) - 0.5 * math.log(2 * math.pi), "sum")
+
+
+def check_noise(**levels: float | Array) -> None:
+    """Raises a ValueError that names the argument if a level of noise is known and not above 0."""
+    check_known(lambda level: level > 0, "above 0, since a step without noise has no density", **levels)
 
 
 def check_kernel(**kernels: ReverseKernel) -> None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from esscher.core.arrays import one_per_example
+from esscher.core.arrays import one_per_example, warn_of_nan
 
 __all__ = ["best_of"]
 
@@ -18,7 +18,8 @@ def best_of(key: Array, sample: Callable[[Array], Any], reward: Callable[[Any], 
     Where the sampler draws `x` from `p`, and no two rewards are equal, `P(x) = F(x)^n - F(x-)^n`, with `F` the
     distribution function of the reward under `p`; among equal rewards it is as under `p`. It is not the tilt of `p` by
     the reward, but where `log F` is linear in it; `core.exact.decoder_laws.best_of_n` enumerates it. One run is the
-    sampler. Of equal rewards the first is kept; NaN never beats a number.
+    sampler. Of equal rewards the first is kept; NaN counts as `-inf`, so it never beats a number, and where all are NaN
+    the first run is kept. Outside of `jit` that is warned of.
 
     Restarts of anchored sampling, 1 to 4, are
     `best_of(key, lambda key: anchored(key, ...), lambda x: reward(table[x]), n)`.
@@ -46,5 +47,7 @@ def best_of(key: Array, sample: Callable[[Array], Any], reward: Callable[[Any], 
         return x, one_per_example(jax.tree.leaves(x)[0], reward=reward(x))
 
     runs, values = jax.vmap(run)(jax.random.split(key, n))
-    best = jnp.argmax(jnp.where(jnp.isnan(values), -jnp.inf, values), 0)
+    nan = jnp.isnan(values)
+    warn_of_nan(nan, "rewards were NaN; such runs are never kept beside others", stacklevel=2)
+    best = jnp.argmax(jnp.where(nan, -jnp.inf, values), 0)
     return jax.tree.map(lambda leaf: jax.vmap(lambda rows, i: rows[i], (1, 0))(leaf, best), runs)

@@ -2,8 +2,9 @@ r"""Steering by weights: particles of a diffusion model carried to the tilt `p(x
 
 Everything here is a start and a `propose` for `smc.run`, whose inputs are pairs of times, `steps(times)`. A twist
 `psi_t(x)`, in logarithm, guesses how much a state is worth, `log E[exp(r(x_0) / beta) | x_t = x]` if it is right, and
-is `r / beta` itself at the end. Particles at `t` then have the target `p_t(x) psi_t(x)`, whatever the twist: a bad one
-costs variance, and no bias beyond that of the kernel's own steps.
+is `r / beta` itself at the end. Particles at `t` then have the target `p_t(x) psi_t(x)`, whatever the twist above 0: a
+bad one costs variance, and no bias beyond that of the kernel's own steps. A twist of 0 is final. So a reward that
+forbids some data, `-inf`, must not be asked of what the model expects on the way, which may yet become allowed.
 """
 
 from collections.abc import Callable
@@ -13,15 +14,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from esscher.core.arrays import at_least_float32, normal
+from esscher.core.arrays import at_least_float32, cast_like, normal, one_per_example
 from esscher.core.contracts import Prediction, Predictor, ReverseKernel
 from esscher.core.schedules import Schedule
 from esscher.samplers import smc
-from esscher.samplers.diffusion.kernels import check_kernel, ddim_moments, normal_log_prob
+from esscher.samplers.diffusion.kernels import check_kernel, check_noise, ddim_moments, normal_log_prob
 from esscher.samplers.integration import check_times
 from esscher.samplers.steppers.coefficients import shift_score, step_coefficients
 
-__all__ = ["Looked", "Potential", "fk_steering", "steps", "tds", "twisted"]
+__all__ = ["Looked", "Potential", "check_ends", "fk_steering", "steps", "tds", "twisted"]
 
 Twist = Callable[[Array, Array], Array]
 """`(x[B, ...], t) -> [B]`, in nats; `t` is a scalar."""
@@ -39,6 +40,15 @@ def steps(times: Array) -> tuple[Array, Array]:
     return times[:-1], times[1:]
 
 
+def check_ends(ends: Any) -> tuple[Array, Array]:
+    """The two ends of a step, as `smc.run` hands them on; a ValueError if its inputs were not those of `steps`."""
+    try:
+        t, s = ends
+    except (TypeError, ValueError) as error:
+        raise ValueError("inputs must be steering.steps(times), the pairs of a grid") from error
+    return t, s
+
+
 def twisted(
     kernel: ReverseKernel, log_twist: Twist, proposal: ReverseKernel | None = None
 ) -> tuple[Callable[[Array, Array], smc.Particles], smc.Propose]:
@@ -52,7 +62,7 @@ def twisted(
 
     Args:
       kernel: of the model.
-      log_twist: `(x, s) -> [B]`, the log of the reward's exponential at the last time; evaluated once a step. With a
+      log_twist: `(x, s) -> [N]`, the log of the reward's exponential at the last time; evaluated once a step. With a
         `kernels.remembering_kernel` states are its `Seen` ones, and the model looks once a step for twist and kernel.
       proposal: where particles go; wherever the kernel goes and the twist is above 0.
 
@@ -60,21 +70,24 @@ def twisted(
       `start(x, t)`, which weighs states at the first time, and `propose` over `steps(times)`.
 
     Raises:
-      ValueError: a kernel that is no `ReverseKernel`.
+      ValueError: a kernel that is no `ReverseKernel`, a twist that is not `[N]`.
 
     Reference: Practical and Asymptotically Exact Conditional Sampling in Diffusion Models, arXiv:2306.17775; A General
       Framework for Inference-time Scaling and Steering of Diffusion Models, arXiv:2501.06848.
     """
     check_kernel(kernel=kernel, proposal=proposal or kernel)
 
+    def twist(x: Any, t: Array) -> Array:
+        return at_least_float32(one_per_example(jax.tree.leaves(x)[0], log_twist=log_twist(x, t)))
+
     def start(x: Array, t: Array) -> smc.Particles:
-        value = log_twist(x, t)
+        value = twist(x, t)
         return smc.begin((x, value), value)
 
     def propose(key: Array, state: tuple[Array, Array], ends: tuple[Array, Array]) -> tuple[Any, Array]:
-        (x, value), (t, s) = state, ends
+        (x, value), (t, s) = state, check_ends(ends)
         new = (proposal or kernel).sample(key, x, t, s)
-        found = log_twist(new, s)
+        found = twist(new, s)
         delta = found - value
         if proposal is not None:
             delta += kernel.log_prob(new, x, t, s) - proposal.log_prob(new, x, t, s)
@@ -102,7 +115,8 @@ def tds(
     r"""The twisted diffusion sampler: twist `r(D(x_t)) / beta`, and proposals that follow its gradient.
 
     The step's data term is moved by `(sigma^2 / alpha) grad_x r(D(x)) / beta`, as by classifier guidance, and the
-    weights make up for it. So the target is that of `twisted`, at any number of steps; gradients go through the model.
+    weights make up for it. So the target is that of `twisted`, at any number of steps, if the grid ends at
+    `sigma = 0`; gradients go through the model.
 
     Args:
       predictor: of the model; one evaluation, and its gradient, a step.
@@ -112,6 +126,9 @@ def tds(
 
     Returns:
       As `twisted`.
+
+    Raises:
+      ValueError: a known `eta` that is not above 0, a reward that is not `[N]`.
 
     Reference: Practical and Asymptotically Exact Conditional Sampling in Diffusion Models, arXiv:2306.17775.
     """
@@ -143,7 +160,7 @@ def fk_steering(
       As `twisted`.
 
     Raises:
-      ValueError: an unknown potential.
+      ValueError: an unknown potential; as `tds`.
 
     Reference: A General Framework for Inference-time Scaling and Steering of Diffusion Models, arXiv:2501.06848.
     """
@@ -160,10 +177,16 @@ def _looking(
     potential: Potential,
     follow: bool,
 ) -> tuple[Callable[[Array, Array], smc.Particles], smc.Propose]:
+    """Particles that look once a step, and follow the gradient of what they see or do not."""
+    check_noise(eta=eta)
+
+    def worth(x: Array) -> Array:
+        return at_least_float32(one_per_example(x, log_reward=log_reward(x)))
+
     def look(x: Array, t: Array) -> tuple[Prediction, Array, Array]:
         def total(x: Array) -> tuple[Array, tuple[Prediction, Array]]:
             prediction = predictor(x, jnp.broadcast_to(t, x.shape[:1]))
-            value = at_least_float32(log_reward(prediction.data))
+            value = worth(prediction.data)
             return value.sum(), (prediction, value)
 
         if not follow:
@@ -176,29 +199,34 @@ def _looking(
         return smc.begin(Looked(x, prediction, pull, value, value), value)
 
     def propose(key: Array, state: Looked, ends: tuple[Array, Array]) -> tuple[Looked, Array]:
-        x, (t, s) = state.x, ends
-        c = step_coefficients(schedule, t, s)
-        mean, std = ddim_moments(x, state.prediction, t, s, schedule, eta)
-        noise, delta = normal(key, x.shape, x.dtype), 0.0
-        if follow:
-            # The last step has no noise to be moved by, and so no density to make up for it with.
-            noisy = std > 0
-            moved = shift_score(state.prediction, state.pull, c.alpha_t, c.sigma_t)
-            moved_mean = jnp.where(noisy, ddim_moments(x, moved, t, s, schedule, eta)[0], mean)
-            safe = jnp.where(noisy, std, 1.0)
-            new = moved_mean + std * noise
-            delta = normal_log_prob(new, mean, safe) - normal_log_prob(new, moved_mean, safe)
-        else:
-            new = mean + std * noise
-        new = new.astype(x.dtype)
-
-        def at_the_end() -> tuple[Prediction, Array, Array]:
-            return state.prediction, at_least_float32(log_reward(new)), state.pull
-
+        t, s = check_ends(ends)
+        new, delta = _moved(key, state, t, s, schedule, eta, follow)
         last = schedule.sigma(s) == 0
-        prediction, value, pull = jax.lax.cond(last, at_the_end, lambda: look(new, s))
+        before = state.prediction, state.paid, state.pull
+        at_the_end = lambda: (state.prediction, worth(new).astype(state.paid.dtype), state.pull)  # noqa: E731
+        # Times may be finer than states, and a model may answer in their precision.
+        looked = lambda: cast_like(look(new, s), before)  # noqa: E731
+        prediction, value, pull = jax.lax.cond(last, at_the_end, looked)
         reach = {"difference": value, "max": jnp.maximum(state.reach, value), "sum": state.reach + value}[potential]
         gain = jnp.where(last | (potential == "difference"), value - state.paid, reach)
         return Looked(new, prediction, pull, reach, state.paid + gain), delta + gain
 
     return start, propose
+
+
+def _moved(
+    key: Array, state: Looked, t: Array, s: Array, schedule: Schedule, eta: float | Array, follow: bool
+) -> tuple[Array, Array | float]:
+    """The model's step, or one that follows the pull with `log p - log q` of it."""
+    x, c = state.x, step_coefficients(schedule, t, s)
+    mean, std = ddim_moments(x, state.prediction, t, s, schedule, eta)
+    noise = normal(key, x.shape, x.dtype)
+    if not follow:
+        return (mean + std * noise).astype(x.dtype), 0.0
+    # The last step has no noise to be moved by, and so no density to make up for it with.
+    noisy = std > 0
+    shifted = shift_score(state.prediction, state.pull, c.alpha_t, c.sigma_t)
+    moved = jnp.where(noisy, ddim_moments(x, shifted, t, s, schedule, eta)[0], mean)
+    safe = jnp.where(noisy, std, 1.0)
+    new = moved + std * noise
+    return new.astype(x.dtype), normal_log_prob(new, mean, safe) - normal_log_prob(new, moved, safe)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from esscher.core.arrays import at_least_float32, check_per_example, one_per_example
+from esscher.core.arrays import at_least_float32, check_known, check_per_example, one_per_example, warn_of_nan
 from esscher.core.contracts import ReverseKernel
 from esscher.core.tilt import soft_value
 from esscher.samplers.diffusion.kernels import check_kernel
@@ -31,6 +31,7 @@ class Tree(NamedTuple):
     value: Array  # [B, N] soft values, -inf where nothing is known
     visits: Array  # [B, N] roll-outs that went through
     size: Array  # [B] nodes in use
+    nan: Array  # [B] roll-outs whose reward was NaN, which counts as -inf
 
 
 def grow_tree(
@@ -67,9 +68,10 @@ def grow_tree(
       key: typed random key.
       kernel: of the model; one call for all trees in each step in which any of them needs a new state.
       reward: of clean data, `[B, ...] -> [B]`; NaN counts as `-inf`, a leaf that is never chosen beside others.
+        `Tree.nan` counts them, and outside of `jit` they are warned of.
       x: states at the first time, `[B, ...]`, of any type.
       times: decreasing, `[T + 1]`.
-      beta: temperature, a scalar or `[B]`; `inf` leaves the model's law.
+      beta: temperature, above 0, a scalar or `[B]`; `inf` leaves the model's law.
       rollouts: how many; a tree takes `1 + T rollouts` slots.
       mode: see above.
       c_uct: how much "search" explores, in the unit of the reward.
@@ -80,17 +82,22 @@ def grow_tree(
       The trees; nothing in them is meant to be differentiated.
 
     Raises:
-      ValueError: a kernel that is no `ReverseKernel`: a deterministic solver has no branches; no roll-outs, an unknown
-        mode, a grid or a temperature of the wrong shape, rewards that are not `[B]`.
+      ValueError: a kernel that is no `ReverseKernel`: a deterministic solver has no branches; no roll-outs, no states,
+        an unknown mode, a grid or a temperature of the wrong shape, rewards that are not `[B]`; `beta`, `widening` or
+        `exponent` that are known to be out of their range.
 
     Reference: Diffusion Tree Sampling, arXiv:2506.20701.
     """
     check_kernel(kernel=kernel)
     check_times(times)
     check_per_example(x, beta=beta)
+    check_known(lambda value: value > 0, "above 0", beta=beta, widening=widening)
+    check_known(lambda value: (value > 0) & (value <= 1), "in (0, 1]", exponent=exponent)
     _check_mode(mode)
     if rollouts < 1:
         raise ValueError(f"rollouts must be at least 1, got {rollouts}")
+    if not len(x):
+        raise ValueError(f"x must have at least one example, got shape {x.shape}")
     steps, beta = len(times) - 1, jnp.broadcast_to(at_least_float32(beta), x.shape[:1])
 
     def advance(carry: tuple[Tree, Array], given: tuple[Array, ...]) -> tuple[tuple[Tree, Array], Array]:
@@ -116,9 +123,13 @@ def grow_tree(
         keys, root = jax.random.split(key, steps), jnp.zeros(len(x), jnp.int32)
         (tree, leaf), path = jax.lax.scan(advance, (tree, root), (keys, times[:-1], times[1:]))
         value = at_least_float32(one_per_example(x, reward=reward(_at(tree.x, leaf))))
-        return _backed_up(tree, leaf, value, path, beta), None
+        nan = jnp.isnan(value)
+        tree = tree._replace(nan=tree.nan + nan)
+        return _backed_up(tree, leaf, jnp.where(nan, -jnp.inf, value), path, beta), None
 
-    return jax.lax.scan(roll_out, _seed(x, 1 + steps * rollouts), jax.random.split(key, rollouts))[0]
+    tree, _ = jax.lax.scan(roll_out, _seed(x, 1 + steps * rollouts), jax.random.split(key, rollouts))
+    warn_of_nan(tree.nan, "rewards were NaN; such leaves are never chosen beside others", stacklevel=2)
+    return tree
 
 
 def sample_tree(key: Array, tree: Tree, beta: float | Array, *, mode: Mode = "sample") -> Array:
@@ -136,11 +147,12 @@ def sample_tree(key: Array, tree: Tree, beta: float | Array, *, mode: Mode = "sa
       Clean states, `[B, ...]`.
 
     Raises:
-      ValueError: an unknown mode, or `beta` neither a scalar nor `[B]`.
+      ValueError: an unknown mode, or `beta` neither a scalar nor `[B]`, or known not to be above 0.
 
     Reference: Diffusion Tree Sampling, arXiv:2506.20701.
     """
     check_per_example(tree.x, beta=beta)
+    check_known(lambda value: value > 0, "above 0", beta=beta)
     _check_mode(mode)
     batch = len(tree.x)
     beta = jnp.broadcast_to(at_least_float32(beta), (batch,))
@@ -161,8 +173,8 @@ def _seed(x: Array, capacity: int) -> Tree:
     batch, root = len(x), jnp.arange(capacity) == 0
     slots = jnp.zeros((batch, capacity, *x.shape[1:]), x.dtype).at[:, 0].set(x)
     parent = jnp.where(root, -1, -2) + jnp.zeros((batch, 1), jnp.int32)
-    value = jnp.full((batch, capacity), -jnp.inf)
-    return Tree(slots, parent, value, jnp.zeros((batch, capacity), jnp.int32), jnp.ones(batch, jnp.int32))
+    value, visits = jnp.full((batch, capacity), -jnp.inf), jnp.zeros((batch, capacity), jnp.int32)
+    return Tree(slots, parent, value, visits, jnp.ones(batch, jnp.int32), jnp.zeros(batch, jnp.int32))
 
 
 def _backed_up(tree: Tree, leaf: Array, value: Array, path: Array, beta: Array) -> Tree:
@@ -175,7 +187,7 @@ def _backed_up(tree: Tree, leaf: Array, value: Array, path: Array, beta: Array) 
     def renew(tree: Tree, node: Array) -> tuple[Tree, None]:
         return put(tree, node, soft_value(tree.value, beta, where=tree.parent == node[:, None])), None
 
-    tree = put(tree, leaf, jnp.where(jnp.isnan(value), -jnp.inf, value))
+    tree = put(tree, leaf, value)
     return jax.lax.scan(renew, tree, path, reverse=True)[0]
 
 

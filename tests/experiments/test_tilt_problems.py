@@ -105,6 +105,24 @@ def test_strings_are_enumerated(name):
     np.testing.assert_allclose(problem.measure(strings, x)["KL"], flat, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("1-D linear", jnp.nan),
+        ("1-D linear", jnp.inf),
+        ("16-D linear", jnp.nan),
+        ("strings additive", SYMBOLS),
+        ("strings additive", -1),
+    ],
+)
+def test_what_is_no_sample_has_no_divergence(name, wrong):
+    """One number among 100 samples: it would go into the last bin, and a mask would make another string's number."""
+    problem = tilt_problems.make(name)
+    x = problem.exact(jax.random.key(6), 100)
+    assert all(np.isfinite(value) for value in problem.measure(x, x).values())
+    assert all(np.isnan(value) for value in problem.measure(x.at[50, 0].set(wrong), x).values())
+
+
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_grids_end_at_clean_samples_and_have_one_step_for_each_call(name):
     problem = tilt_problems.make(name)
@@ -117,10 +135,3 @@ def test_grids_end_at_clean_samples_and_have_one_step_for_each_call(name):
     x = task.start(jax.random.key(0), 3)
     assert x.shape == (3, *problem.sample.shape)
     assert x.dtype == problem.sample.dtype
-
-
-def test_a_tilt_that_hardly_overlaps_is_not_cut_short():
-    given = tilt_problems.make("1-D half-space").parameters
-    given = given._replace(reward=given.reward._replace(height=jnp.asarray(20.0), threshold=jnp.asarray(3.0)))
-    with pytest.raises(ValueError, match="proposals were kept, 100 are wanted"):
-        tilt_problems._tilted_samples(given, jax.random.key(0), 100)

@@ -160,6 +160,20 @@ def test_adam_finds_strings_of_high_reward(mode):
     assert found.mean() > P @ REWARDS + 0.3 * (REWARDS.max() - P @ REWARDS)
 
 
+@pytest.mark.parametrize("mode", ["sample", "argmax", "nearest"])
+def test_at_temperature_0_an_embedding_is_that_of_the_most_likely_token_and_nothing_guides(mode):
+    logits = jnp.asarray(RNG.normal(size=(2, L, V)))
+    value = lambda phi: linear(anchored.st_embed(jax.random.key(0), phi, TABLE, 0.0, mode=mode)).sum()  # noqa: E731
+    found = anchored.st_embed(jax.random.key(0), logits, TABLE, 0.0, mode=mode)
+    np.testing.assert_array_equal(found, TABLE[np.argmax(logits, -1)])
+    np.testing.assert_array_equal(jax.grad(value)(logits), 0)
+    law, best = P.reshape(V, V), np.zeros(L, int)
+    first = np.argmax([np.ptp(np.sort(np.log(q))[-2:]) for q in (law.sum(1), law.sum(0))])
+    best[first] = law.sum(1 - first).argmax()
+    best[1 - first] = np.take(law, best[first], first).argmax()
+    np.testing.assert_array_equal(sample(2, optax.adam(1.0), n=50, temperature=0.0, mode=mode), [best] * 50)
+
+
 def test_tokens_that_are_given_reach_the_reward_and_stay():
     """The reward of the second token has the sign of the first."""
     x = jnp.array([[0, MASK], [1, MASK]] * 100)
@@ -187,6 +201,7 @@ def test_tokens_that_are_given_reach_the_reward_and_stay():
         (lambda k, s: anchored.st_embed(k, s, TABLE[:2]), r"logits must be \[B, L, V\] and table \[V, D\], got"),
         (lambda k, s: anchored.st_embed(k, s, TABLE, mode="mean"), "mode must be"),
         (lambda k, s: anchored.st_embed(k, s, TABLE, jnp.ones(3)), "temperature must be a scalar or have shape"),
+        (lambda k, s: anchored.st_embed(k, s, TABLE, -1.0), "temperature must be at least 0, got -1"),
         (
             lambda k, s: anchored.inner_logit_guidance(k, s, s[0, 0] > 0, None, optax.sgd(1.0), 1),
             "is_mask must have the leading axes of logits",

@@ -282,6 +282,38 @@ def test_the_surest_go_first_and_what_is_given_stays():
     np.testing.assert_array_equal(run(jnp.array([1.0, 0.9]))[0], [5] * 5)  # the last step keeps all
 
 
+@pytest.mark.parametrize("confidence", ["maximum", "entropy", "random"])
+@pytest.mark.parametrize("temperature", [0.0, jnp.zeros(2)])
+def test_at_temperature_0_tokens_are_the_most_likely_ones_and_no_masks_are_left(confidence, temperature):
+    logits = jnp.array([[0.3, 2.0, 0.1, 1.9], [5.0, -1.0, -jnp.inf, 0.2], [1.0, 0.0, 4.0, 0.5]])
+    denoiser, options = lambda x, t: jnp.stack([logits] * 2), {"confidence": confidence, "temperature": temperature}
+
+    @jax.jit
+    def run(key):
+        return discrete.confidence_unmask(key, denoiser, jnp.full((2, 3), 3), grid(3), ALPHA, 3, **options)
+
+    for key in jax.random.split(jax.random.key(0), 4):
+        np.testing.assert_array_equal(run(key), [[1, 0, 2]] * 2)  # the fourth is the mask
+
+
+@pytest.mark.parametrize("confidence", ["maximum", "entropy"])
+def test_temperature_0_is_the_limit_also_in_the_order_of_positions(confidence):
+    """Those go first whose most likely token leads the second by most; at 0.01 all leads can still be told apart."""
+    leads = jnp.array([0.2, 0.1, 0.3, 0.15])
+
+    def counting(x, t):
+        """The token tells how many were masked."""
+        hidden = jnp.sum(x == 9, -1)[:, None, None]
+        return jnp.where(jnp.arange(6) == hidden, leads[:, None], 0.0)
+
+    x = jnp.full((1, 4), 9)
+    for temperature in (0.0, 0.01):
+        run = lambda tau: discrete.confidence_unmask(  # noqa: E731
+            jax.random.key(0), counting, x, grid(4), ALPHA, 9, confidence=confidence, temperature=tau
+        )
+        np.testing.assert_array_equal(run(temperature), [[3, 1, 4, 2]])
+
+
 def test_the_most_confident_are_put_in_the_place_of_their_masks():
     x, sampled = jnp.array([[7, 9, 9, 9], [9, 9, 7, 7]]), jnp.arange(8).reshape(2, 4)
     confidence = jnp.array([[5.0, 0.1, 0.3, 0.2], [0.4, 0.4, 0.9, 0.9]])
@@ -305,6 +337,12 @@ def test_the_most_confident_are_put_in_the_place_of_their_masks():
                 jax.random.key(0), denoiser, x, grid(2), ALPHA, MASK, confidence="most"
             ),
             'confidence must be "maximum", "entropy" or "random", got \'most\'',
+        ),
+        (
+            lambda x, t: discrete.confidence_unmask(
+                jax.random.key(0), denoiser, x, grid(2), ALPHA, MASK, temperature=-0.1
+            ),
+            "temperature must be at least 0, got -0.1",
         ),
         (
             lambda x, t: discrete.unmask_most_confident(x, x, x[0] * 1.0, x == MASK, t),

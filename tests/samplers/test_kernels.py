@@ -110,6 +110,18 @@ def test_twisted_particles_are_weighed_the_same(name):
     np.testing.assert_allclose(found.log_z, expected.log_z, rtol=1e-5)
 
 
+def test_states_that_remember_keep_their_types_where_times_are_wider(x64):
+    """Starts in float32 of a model that answers in the precision of the times, with and without a last look."""
+    x, times = jnp.ones((2, 2), jnp.float32), jnp.array([0.9, 0.6, 0.3, 0.0], jnp.float64)
+    value = kernels.remembered_value(lambda model: svdd.posterior_mean_value(model, log_reward, COSINE))
+    for last in (None, at_the_end):
+        look, kernel = kernels.remembering_kernel(gaussian, predictor, last)
+        start = look(x, jnp.float32(0.9))
+        assert kernel.sample(KEY, start, *times[:2]).said.data.dtype == jnp.float32
+        found = svdd.svdd(KEY, kernel, value, start, times[:3], 0.5, candidates=2)
+        assert {leaf.dtype for leaf in jax.tree.leaves(found.x)} == {jnp.dtype(jnp.float32)}
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_density_of_a_step_is_that_of_the_plain_kernel(name):
     model, build, _, x, last = CASES[name]

@@ -93,8 +93,10 @@ def test_weights_without_numbers(scheme):
     key = jax.random.key(2)
     assert set(np.asarray(scheme(key, jnp.array([0.0, jnp.nan, -jnp.inf, 0.0]), 40))) == {0, 3}
     np.testing.assert_array_equal(scheme(key, jnp.array([-5.0, jnp.inf, 7.0])), 1)
-    none = np.asarray(scheme(key, jnp.full(4, -jnp.inf), 40))
-    assert set(none) == {0, 1, 2, 3}  # nothing to choose by
+    for nothing in (jnp.full(4, -jnp.inf), jnp.array([jnp.nan, -jnp.inf, jnp.nan, jnp.nan])):
+        with pytest.raises(ValueError, match="log_w has no weight above 0, so there is nothing to choose by"):
+            scheme(key, nothing, 40)
+        assert set(np.asarray(jax.jit(scheme, static_argnums=2)(key, nothing, 40))) == {0, 1, 2, 3}
     np.testing.assert_array_equal(scheme(key, jnp.array([-1e4, -1e4 + 200.0])), 1)
     assert scheme(key, jnp.zeros(3, jnp.bfloat16)).dtype == jnp.int32
 

@@ -61,8 +61,17 @@ def test_examples_choose_apart_and_what_is_kept_stays_together():
 
 def test_nan_never_beats_a_number():
     rewards = np.where(np.arange(5) == 1, np.nan, REWARDS)
-    x = restarts.best_of(jax.random.key(1), table, lambda x: jnp.asarray(rewards)[x], 3)
+    run = jax.jit(lambda key: restarts.best_of(key, table, lambda x: jnp.asarray(rewards)[x], 3))
+    x = run(jax.random.key(1))
     assert_law(x, best_law(np.nan_to_num(rewards, nan=-1e9), 3))
+
+
+def test_rewards_that_are_nan_are_warned_of_and_the_first_of_nothing_else_is_kept():
+    key, lost = jax.random.key(2), lambda x: jnp.where(jnp.arange(B) < 5, jnp.nan, x * 1.0)
+    with pytest.warns(UserWarning, match="^15 rewards were NaN; such runs are never kept") as caught:
+        x = restarts.best_of(key, table, lost, 3)
+    assert caught[0].filename == __file__
+    np.testing.assert_array_equal(x[:5], jax.vmap(table)(jax.random.split(key, 3))[0, :5])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,4 @@
-"""The engine against a Kalman filter and an enumerated language model; islands, paths, chains, and what goes wrong."""
-
-import functools
+"""The engine against a Kalman filter and an enumerated language model; islands, paths and chains."""
 
 import jax
 import jax.numpy as jnp
@@ -286,77 +284,6 @@ def test_waste_free_chains_find_the_normaliser_of_a_tempered_target():
     assert abs(ratio.mean() - 1) < 4.5 * error
     gap = ratio * (np.asarray(mean) - density @ x / density.sum())
     assert abs(gap.mean()) < 4.5 * gap.std() / len(gap) ** 0.5
-
-
-# --- what goes wrong --------------------------------------------------------------------------------------------------
-
-
-def test_weights_that_are_nan_are_counted_named_and_zero():
-    def faulty(key, x, k):
-        return x + 1, jnp.where((jnp.arange(6) < 2) & (k == 1), jnp.nan, 0.0)
-
-    start, inputs = smc.begin(jnp.arange(6.0)), jnp.arange(3)
-    run = functools.partial(smc.run, jax.random.key(0), faulty, start, inputs, ess_threshold=0.0)
-    with pytest.warns(UserWarning, match="2 weights were NaN, first in the steps 1; they count as 0"):
-        last, trace = run()
-    np.testing.assert_array_equal(trace.nan, [0, 2, 0])
-    np.testing.assert_array_equal(last.log_w, [-np.inf, -np.inf, 0, 0, 0, 0])
-    np.testing.assert_allclose(last.log_z, np.log(4 / 6), rtol=1e-5)
-    quiet, _ = jax.jit(run)()
-    np.testing.assert_array_equal(quiet.log_w, last.log_w)
-
-
-def test_a_population_without_weight_is_an_error_and_inside_jit_a_flag():
-    def dying(key, x, k):
-        return x, jnp.where(k == 1, -jnp.inf, 0.0) + jnp.zeros(4)
-
-    run = functools.partial(smc.run, jax.random.key(0), dying, smc.begin(jnp.zeros(4)), jnp.arange(4))
-    with pytest.raises(ValueError, match="all weights are 0 after step 1: no particle can be where the target is"):
-        run()
-    last, trace = jax.jit(run)()
-    np.testing.assert_array_equal(trace.alive, [True, False, False, False])
-    assert last.log_z == -np.inf
-    assert not np.isnan(trace.log_z).any()
-    assert not np.isnan(trace.ess).any()
-    assert smc.effective_sample_size(last.log_w) == 0
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: smc.begin(jnp.zeros((0, 3))), "at least one particle in front"),
-        (lambda: smc.begin((jnp.zeros(3), jnp.zeros(4))), "state must have one axis"),
-        (lambda: smc.begin(jnp.zeros(())), "state must have one axis"),
-        (lambda: smc.begin(jnp.zeros(3), jnp.zeros(4)), r"log_w must have shape \(3,\), a weight for each particle"),
-        (lambda: smc.begin(jnp.zeros(3), jnp.zeros(3, int)), "log_w must be of a floating type"),
-        (lambda: filtered(jax.random.key(0), 6, islands=4), "islands must divide the 6 particles, got 4"),
-        (
-            lambda: smc.run(jax.random.key(0), propose, smc.begin(jnp.zeros(3)), ()),
-            "inputs must hold at least one array",
-        ),
-        (
-            lambda: smc.run(jax.random.key(0), lambda k, x, i: (x, 0.0), smc.begin(jnp.zeros(3)), jnp.zeros(2)),
-            r"propose must return a log weight for each of 3 particles, got \(\)",
-        ),
-        (
-            lambda: smc.run(jax.random.key(0), lambda k, x, i: (x[:2], x), smc.begin(jnp.zeros(3)), jnp.zeros(2)),
-            "propose must return a state as it was given",
-        ),
-        (
-            lambda: smc.conditional(
-                jax.random.key(0), propose, smc.begin(jnp.zeros(3)), jnp.zeros(2), smc.Path(jnp.zeros(2), jnp.zeros(2))
-            ),
-            "reference must have 3 states and weights",
-        ),
-        (
-            lambda: smc.waste_free(jax.random.key(0), None, None, smc.begin(jnp.zeros(6)), jnp.zeros(2), chains=4),
-            "chains must divide the 6 particles, got 4",
-        ),
-    ],
-)
-def test_what_cannot_run_is_refused(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
 
 
 def test_particles_may_be_any_pytree_and_keep_their_types():

@@ -1,6 +1,7 @@
 """Tree sampling against an enumerated chain and an exact mixture, its limits, and its rule of choice played by hand."""
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -181,6 +182,32 @@ def test_worthless_leaves_are_never_chosen_beside_others_and_do_no_harm_alone():
     assert np.bincount(np.asarray(leaves)).all()
 
 
+def test_rewards_that_are_nan_are_counted_and_the_caller_is_warned():
+    reward = lambda x: jnp.where(x == 0, jnp.nan, x * 1.0)  # noqa: E731
+    run = functools.partial(trees.grow_tree, jax.random.key(11), CHAIN, reward, times=TIMES, beta=1.0, rollouts=5)
+    x = jnp.zeros(40, jnp.int32)
+    with pytest.warns(UserWarning, match=r"rewards were NaN; such leaves are never chosen") as caught:
+        tree = run(x, exponent=1.0)
+    leaf = np.asarray(tree.parent) > 0
+    nan = np.sum(leaf & (np.asarray(tree.x) == 0), -1)  # at exponent 1 each roll-out has a leaf of its own
+    np.testing.assert_array_equal(tree.nan, nan)
+    assert np.all(np.asarray(tree.value)[leaf & (np.asarray(tree.x) == 0)] == -np.inf)
+    (warned,) = caught
+    assert warned.filename == __file__
+    assert str(warned.message).startswith(f"{nan.sum()} rewards")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(jax.jit(functools.partial(run, exponent=1.0))(x).nan, nan)
+
+
+def test_states_keep_their_type_where_times_are_wider(x64):
+    kernel = ReverseKernel(lambda key, x, t, s: x + t * jax.random.normal(key, x.shape), CHAIN.log_prob)
+    x, times = jnp.zeros(3, jnp.float32), jnp.asarray(TIMES, jnp.float64)
+    tree = trees.grow_tree(jax.random.key(0), kernel, lambda x: x * jnp.float64(2), x, times, 1.0, rollouts=3)
+    assert tree.x.dtype == jnp.float32
+    assert trees.sample_tree(jax.random.key(0), tree, 1.0).dtype == jnp.float32
+
+
 def test_bad_arguments_are_named():
     grow = functools.partial(trees.grow_tree, jax.random.key(0))
     x, reward = jnp.zeros(3, jnp.int32), lambda x: jnp.zeros(len(x))
@@ -196,3 +223,14 @@ def test_bad_arguments_are_named():
         grow(CHAIN, reward, x, TIMES[::-1], 1.0, rollouts=2)
     with pytest.raises(ValueError, match=r"reward must return shape \(3,\), one value per example, got \(\)"):
         grow(CHAIN, lambda x: jnp.zeros(()), x, TIMES, 1.0, rollouts=2)
+    with pytest.raises(ValueError, match=r"x must have at least one example, got shape \(0,\)"):
+        grow(CHAIN, reward, x[:0], TIMES, 1.0, rollouts=2)
+    with pytest.raises(ValueError, match="beta must be above 0, got 0"):
+        grow(CHAIN, reward, x, TIMES, 0.0, rollouts=2)
+    with pytest.raises(ValueError, match="widening must be above 0, got -1"):
+        grow(CHAIN, reward, x, TIMES, 1.0, rollouts=2, widening=-1)
+    for exponent in (0.0, 1.5, np.nan):
+        with pytest.raises(ValueError, match=rf"exponent must be in \(0, 1\], got {exponent}"):
+            grow(CHAIN, reward, x, TIMES, 1.0, rollouts=2, exponent=exponent)
+    with pytest.raises(ValueError, match="beta must be above 0, got -1"):
+        trees.sample_tree(jax.random.key(0), grow(CHAIN, reward, x, TIMES, 1.0, rollouts=2), -1.0)

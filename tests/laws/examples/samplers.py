@@ -88,7 +88,27 @@ def guided(function, make, **weights):
     )
 
 
+def shifted(data, noise, change, alpha, sigma):
+    return coefficients.shift_score(Prediction(data, noise), change, alpha, sigma)
+
+
 EXAMPLES = [
+    Example(
+        name="shift_score",
+        function=shifted,
+        arguments={
+            "data": X,
+            "noise": X[::-1],
+            "change": 0.3 * X,
+            "alpha": jnp.asarray(0.8),
+            "sigma": jnp.asarray(0.6),
+        },
+        covers=(coefficients.shift_score, coefficients.tweedie_ratio),
+        hyperparameters=("alpha", "sigma"),
+        differentiable=("data", "noise", "change", "alpha", "sigma"),
+        batch=("data", "noise", "change"),
+        exempt={"errors": "it is handed what the solvers have checked"},
+    ),
     sampling(steppers.euler),
     sampling(steppers.heun),
     sampling(

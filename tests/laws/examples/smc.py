@@ -119,7 +119,7 @@ EXAMPLES = [
             kernels.ddim_kernel(UNCOND, COSINE, eta).log_prob(x_s, x, 0.8, 0.5),
         ),
         arguments={"key": KEY, "x": X, "x_s": X[::-1], "eta": jnp.asarray(0.8)},
-        covers=(kernels.ddim_kernel, kernels.ddim_moments, kernels.normal_log_prob),
+        covers=(kernels.ddim_kernel, kernels.ddim_moments, kernels.normal_log_prob, kernels.check_noise),
         hyperparameters=("eta",),
         differentiable=("x", "x_s", "eta"),
         batch=("x", "x_s"),
@@ -141,7 +141,7 @@ EXAMPLES = [
         name="twisted",
         function=steered(lambda: steering.twisted(KERNEL, lambda x, t: log_reward(x), KERNEL)),
         arguments={"key": KEY, "x": X, "times": INSIDE},
-        covers=(steering.twisted, steering.steps, kernels.check_kernel),
+        covers=(steering.twisted, steering.steps, steering.check_ends, kernels.check_kernel),
         bad=BAD_TIMES,
     ),
     Example(
