@@ -10,7 +10,9 @@ counted is laid out again. So a million particles cost a few passes over them. P
 fraction, since those of a million numbers in float32 would be off by a sixteenth of an offspring.
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,8 @@ from jax import Array
 from esscher.core.arrays import at_least_float32, check_floating, is_known
 
 __all__ = ["Resampler", "multinomial", "residual", "stratified", "systematic"]
+
+LANES = 256  # parts that a vector is scanned in on CPU
 
 Resampler = Callable[..., Array]
 """`(key, log_w[N], n=None) -> ancestors[n]`, ascending integers; as many as there are particles if `n` is absent."""
@@ -38,7 +42,8 @@ def systematic(key: Array, log_w: Array, n: int | None = None) -> Array:
       Ancestors, `[n]`, ascending.
 
     Raises:
-      ValueError: `log_w` is not a vector of at least one floating number, `n` is less than 1.
+      ValueError: `log_w` is not a vector of at least one floating number, or known to have no weight above 0; `n` is
+        less than 1.
 
     Reference: Comparison of Resampling Schemes for Particle Filtering, arXiv:cs/0507025.
     """
@@ -106,6 +111,28 @@ def _shares(log_w: Array, n: int | None) -> Array:
     return w * ((n or len(log_w)) / w.sum())
 
 
+def _running(combine: Callable[[Any, Any], Any], x: Any) -> Any:
+    """`associative_scan` of vectors `[N]`, with 0 for its identity.
+
+    On CPU it passes over memory some twenty times. There parts of the vectors lie side by side instead and are scanned
+    in step, then shifted by what came before them.
+    """
+
+    def side_by_side(x: Any) -> Any:
+        size = len(jax.tree.leaves(x)[0])
+        rows = jax.tree.map(lambda leaf: jnp.pad(leaf, (0, -size % LANES)).reshape(LANES, -1).T, x)
+        first, later = (jax.tree.map(lambda leaf, part=part: leaf[part], rows) for part in (0, slice(1, None)))
+        step = lambda carry, row: (combine(carry, row),) * 2  # noqa: E731
+        totals, inside = jax.lax.scan(step, first, later)
+        inside = jax.tree.map(lambda first, later: jnp.concatenate([first[None], later]), first, inside)
+        before = jax.lax.associative_scan(combine, totals)
+        before = jax.tree.map(lambda leaf: jnp.pad(leaf[:-1], (1, 0)), before)
+        return jax.tree.map(lambda leaf: leaf.T.reshape(-1)[:size], combine(before, inside))
+
+    whole = functools.partial(jax.lax.associative_scan, combine)
+    return jax.lax.platform_dependent(x, cpu=side_by_side, default=whole)
+
+
 @jax.jit  # op by op it is slow
 def _partial_sums(shares: Array) -> tuple[Array, Array]:
     """Whole part and fraction of `cumsum(shares)`, each `[N]`."""
@@ -116,7 +143,7 @@ def _partial_sums(shares: Array) -> tuple[Array, Array]:
         return a[0] + b[0] + carried.astype(jnp.int32), fraction - carried
 
     whole = jnp.floor(shares)
-    return jax.lax.associative_scan(add, (whole.astype(jnp.int32), shares - whole))
+    return _running(add, (whole.astype(jnp.int32), shares - whole))
 
 
 def _points_below(key: Array, shares: Array, n: int, count: int | Array) -> Array:
@@ -147,4 +174,4 @@ def _lay_out(ends: Array, shares: Array, n: int | None) -> Array:
     starts = jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1]])
     first = jnp.where((ends > starts) & (shares > 0), starts, n)
     marks = jnp.zeros(n, jnp.int32).at[first].max(jnp.arange(len(shares), dtype=jnp.int32), mode="drop")
-    return jax.lax.cummax(marks)
+    return _running(jnp.maximum, marks)

@@ -114,3 +114,14 @@ def test_weights_without_numbers(scheme):
 def test_what_cannot_be_resampled_is_refused(scheme, log_w, n, message):
     with pytest.raises(ValueError, match=message):
         scheme(jax.random.key(0), log_w, n)
+
+
+@pytest.mark.parametrize("size", [1, 5, 256, 700])
+def test_scans_by_parts_are_scans(size):
+    x = np.random.default_rng(size).integers(-3, 1000, size).astype(np.int32)
+    running = lambda combine, x: jax.jit(lambda x: resampling._running(combine, x))(x)  # noqa: E731
+    np.testing.assert_array_equal(running(jnp.add, x), np.cumsum(x))
+    np.testing.assert_array_equal(running(jnp.maximum, np.abs(x)), np.maximum.accumulate(np.abs(x)))
+    pair = running(lambda a, b: (a[0] + b[0], jnp.maximum(a[1], b[1])), (x, np.abs(x)))
+    np.testing.assert_array_equal(pair[0], np.cumsum(x))
+    np.testing.assert_array_equal(pair[1], np.maximum.accumulate(np.abs(x)))
