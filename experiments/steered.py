@@ -231,19 +231,19 @@ class Score(NamedTuple):
     seconds: float  # for all of them, compiled before
 
 
-def draw(study: sampling.Study, todo: Sequence[Task], n: int) -> dict[str, list[tuple[Images, float]]]:
+def draw(study: sampling.Study, chosen: Sequence[Task], n: int) -> dict[str, list[tuple[Images, float]]]:
     """Images `[n, H, W, C]` of every method for each task, and the seconds they took, compilation apart."""
     drawn: dict[str, list[tuple[Images, float]]] = {name: [] for name in METHODS}
     times = schedules.edm_times(STEPS, sampling.SIGMA_MAX, SIGMA_MIN)
-    with reporting.progress(len(METHODS) * len(todo), label="steering") as show:
+    with reporting.progress(len(METHODS) * len(chosen), label="steering") as show:
         for index, (name, method) in enumerate(METHODS.items()):
             sample = jax.jit(sampler(method, study.denoise, study.image_shape, study.classes, study.mesh, n))
-            compiled = sample.lower(study.params, study.key, todo[0].goal, times).compile()
-            for number, task in enumerate(todo, 1):
+            compiled = sample.lower(study.params, study.key, chosen[0].goal, times).compile()
+            for number, task in enumerate(chosen, 1):
                 begin = time.perf_counter()
                 images = jax.block_until_ready(compiled(study.params, study.key, task.goal, times))
                 drawn[name].append((meshes.gather(images), time.perf_counter() - begin))
-                show(index * len(todo) + number)
+                show(index * len(chosen) + number)
     return drawn
 
 
@@ -290,16 +290,16 @@ def report(
     unit = study.mesh.shape["data"] * study.mesh.shape["fsdp"]
     n = math.ceil(samples / unit) * unit
     measure_key, pick_key = jax.random.split(jax.random.fold_in(study.key, 1))
-    todo = tasks(train, test[0][0], judge, measure_key)
-    real = [(_by_weight(pick_key, task.goal, train[0], n), 0.0) for task in todo]
-    drawn, spread = {"real images": real, **draw(study, todo, n)}, _spread(train[0][:1000])
+    chosen = tasks(train, test[0][0], judge, measure_key)
+    real = [(_by_weight(pick_key, task.goal, train[0], n), 0.0) for task in chosen]
+    drawn, spread = {"real images": real, **draw(study, chosen, n)}, _spread(train[0][:1000])
     scores = {
-        name: [_score(name, task, *found, spread) for task, found in zip(todo, results, strict=True)]
+        name: [_score(name, task, *found, spread) for task, found in zip(chosen, results, strict=True)]
         for name, results in drawn.items()
     }
     sheets = {name: [images for images, _ in results] for name, results in drawn.items()}
-    path = _draw_figure(folder / "figures" / "steered.png", todo, sheets, scores, test[0][0])
-    return {"Steering": _section(folder, path, todo, scores, n)}
+    path = _draw_figure(folder / "figures" / "steered.png", chosen, sheets, scores, test[0][0])
+    return {"Steering": _section(folder, path, chosen, scores, n)}
 
 
 def _by_weight(key: Array, goal: Goal, images: Images, n: int) -> Images:
@@ -309,7 +309,7 @@ def _by_weight(key: Array, goal: Goal, images: Images, n: int) -> Images:
 
 def _draw_figure(
     path: pathlib.Path,
-    todo: Sequence[Task],
+    chosen: Sequence[Task],
     sheets: dict[str, list[Images]],
     scores: dict[str, list[Score]],
     image: Images,
@@ -321,13 +321,13 @@ def _draw_figure(
     captions = [
         [
             f"{task.unit} {score.reward:.2f}, diversity {score.diversity:.2f}"
-            for task, score in zip(todo, row, strict=True)
+            for task, score in zip(chosen, row, strict=True)
         ]
         for row in scores.values()
     ]
     # Of real images few have such an upper half: their place is for the image and what was measured of it.
     paper = np.full_like(image, -1 if image.shape[-1] == 1 else 1)
-    goal = todo[-1].goal
+    goal = chosen[-1].goal
     measured = np.where(goal.precision > 0, goal.observed, paper)
     blocks["real images"][-1] = np.stack([image, measured, *[paper] * shown])[:shown]
     captions[0][-1] = "the image, and what is measured"
@@ -336,14 +336,14 @@ def _draw_figure(
         cost = f"{method.evaluations(STEPS)} {'with gradient' if method.gradient else 'evaluations'}"
         labels.append(f"{name}\n{cost}, {np.mean([score.seconds for score in scores[name]]):.1f} s")
     rows = np.stack([np.concatenate(row) for row in blocks.values()])
-    return figures.image_grid(rows, labels, [task.name for task in todo], path, captions=captions)
+    return figures.image_grid(rows, labels, [task.name for task in chosen], path, captions=captions)
 
 
 def _section(
-    folder: pathlib.Path, path: pathlib.Path, todo: Sequence[Task], scores: dict[str, list[Score]], count: int
+    folder: pathlib.Path, path: pathlib.Path, chosen: Sequence[Task], scores: dict[str, list[Score]], count: int
 ) -> str:
     rows = []
-    for index, task in enumerate(todo):
+    for index, task in enumerate(chosen):
         for name, results in scores.items():
             *said, seconds = results[index]
             method = METHODS.get(name)

@@ -199,10 +199,10 @@ def test_goals_reward_what_they_are_named_for(labels):
 
 
 def drawn(value):
-    def draw(study, todo, n):
+    def draw(study, chosen, n):
         images = np.random.default_rng(1).standard_normal((n, 4, 4, 1)).astype(np.float32)
         images[1::2] = images[::2]
-        return {name: [(images + (value if name == "TDS" else 0), 1.5)] * len(todo) for name in steered.METHODS}
+        return {name: [(images + (value if name == "TDS" else 0), 1.5)] * len(chosen) for name in steered.METHODS}
 
     return draw
 
