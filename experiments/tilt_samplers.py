@@ -22,17 +22,11 @@ Sampler = Callable[[Array, Task, int, int], Array]
 CANDIDATES = 4
 
 
-def _gaussian_kernel(task: Task) -> Callable[[Any], Any]:
-    return lambda model: kernels.ddim_kernel(model, task.schedule)
-
-
-def _masked_kernel(task: Task) -> Callable[[Any], Any]:
-    return lambda model: discrete.masked_kernel(model, task.alpha, task.mask_id)
-
-
 def _kernel(task: Task) -> Callable[[Any], Any]:
     """Makes the kernel of a model of this kind."""
-    return _masked_kernel(task) if task.schedule is None else _gaussian_kernel(task)
+    if task.schedule is None:
+        return lambda model: discrete.masked_kernel(model, task.alpha, task.mask_id)
+    return lambda model: kernels.ddim_kernel(model, task.schedule)
 
 
 def _value(task: Task) -> Callable[[Any], Any]:
@@ -57,7 +51,8 @@ def base(key: Array, task: Task, n: int, calls: int) -> Array:
     kernel, times = _kernel(task)(task.model), task.times(calls)
 
     def step(x: Array, inputs: tuple[Array, ...]) -> tuple[Array, None]:
-        return kernel.sample(*inputs[:1], x, *inputs[1:]), None
+        key, t, s = inputs
+        return kernel.sample(key, x, t, s), None
 
     keys = jax.random.split(path_key, calls)
     return jax.lax.scan(step, task.start(start_key, n), (keys, *steering.steps(times)))[0]

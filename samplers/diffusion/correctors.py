@@ -102,7 +102,8 @@ def corrector(
         rate = squared_norm(mixed) - sum(e * squared_norm(noise) for e, noise in zip(exponents, noises, strict=True))
         data = (implied_data(x, Prediction(jnp.zeros_like(x), mixed), c),)
         if reward is not None:
-            pull = rho / (1 + rho) * strength(t) * jax.grad(lambda x: worth(x).sum())(x)
+            found, pullback = jax.vjp(worth, x)
+            pull = rho / (1 + rho) * strength(t) * pullback(jnp.ones_like(found))[0]
             data += (data[0] + tweedie_ratio(c.alpha_t, c.sigma_t) * pull,)
         usable = jnp.isfinite(state.lam) & c.regular
         slope = jnp.where(usable, 0.5 * c.finite_h / jnp.where(usable, c.lam - state.lam, 1.0), 0.0)
@@ -111,7 +112,7 @@ def corrector(
         mean_rate = rate + slope * (rate - state.rate)
         delta = jnp.where(c.regular, c.finite_h * mean_rate + (total - 1) * x[0].size * log_scale, 0.0)
         if reward is not None:
-            delta += strength(s) * worth(_step(key, x, ahead[0], c, 0.0)) - strength(t) * worth(x)
+            delta += strength(s) * worth(_step(key, x, ahead[0], c, 0.0)) - strength(t) * found
         lam = jnp.where(c.alpha_t > 0, c.lam, jnp.inf)
         return Corrected(_step(key, x, ahead[-1], c, rho), data, rate, jnp.broadcast_to(lam, rate.shape)), delta
 
