@@ -12,6 +12,8 @@ import numpy as np
 import optax
 from jax import Array
 
+from esscher.core.arrays import at_least_float32
+
 __all__ = ["Outcome", "TrainState", "fit", "init", "make_step", "stop_requested"]
 
 
@@ -27,11 +29,14 @@ class TrainState(NamedTuple):
 
 
 def init(params: Any, optimizer: optax.GradientTransformation, *, average: bool = True) -> TrainState:
-    """The state before the first step; the moving average, if wanted, starts at a copy of the parameters."""
+    """The state before the first step; the moving average, if wanted, starts at a copy of the parameters.
+
+    It is kept in float32 at least: its small steps would be lost in bfloat16.
+    """
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        ema=jax.tree.map(jnp.copy, params) if average else None,
+        ema=jax.tree.map(lambda leaf: at_least_float32(leaf).copy(), params) if average else None,
         opt_state=optimizer.init(params),
         skipped=jnp.zeros((), jnp.int32),
         last_skipped=jnp.full((), -1, jnp.int32),
@@ -45,8 +50,8 @@ def make_step(
     r"""Builds the pure `step(state, key, batch, hyper, *constants) -> (state, metrics)`.
 
     The parameters follow the optimiser; their moving average, if the state has one, follows them with the decay
-    `min(d, (1 + n) / (10 + n))` after `n` steps, where `d = hyper["ema_decay"]`. A step whose loss or gradient norm is
-    not finite changes nothing but the counters.
+    `min(d, (1 + n) / (10 + n))` after `n` steps, where `d = hyper["ema_decay"]`. A step whose loss, gradient norm or
+    update is not finite changes nothing but the counters.
 
     Args:
       loss: `(params, key, batch, hyper, *constants) -> (scalar, metrics)`; the key is the run's, folded with the step's
@@ -63,14 +68,14 @@ def make_step(
         key = jax.random.fold_in(key, state.step)
         differentiate = jax.value_and_grad(loss, has_aux=True)
         (value, metrics), gradient = differentiate(state.params, key, batch, hyper, *constants)
-        grad_norm = optax.tree.norm(gradient)
+        grad_norm = _norm(gradient)
         updates, opt_state = optimizer(hyper).update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = None
         if state.ema is not None:
             decay = jnp.minimum(hyper["ema_decay"], (1 + state.step) / (10 + state.step))
             ema = optax.incremental_update(params, state.ema, 1 - decay)
-        good = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+        good = jnp.isfinite(value) & jnp.isfinite(grad_norm) & jnp.isfinite(_norm(updates))
         kept = jax.tree.map(
             lambda new, old: jnp.where(good, new.astype(old.dtype), old),
             (params, ema, opt_state),
@@ -84,6 +89,11 @@ def make_step(
         }
 
     return step
+
+
+def _norm(tree: Any) -> Array:
+    """Of all leaves together, in float32 at least: in float16 the squares overflow."""
+    return optax.tree.norm(jax.tree.map(at_least_float32, tree))
 
 
 class Outcome(NamedTuple):
@@ -114,12 +124,14 @@ def fit(
       batches: the batches from the state's step on.
       steps: where to end.
       every: steps between two reports; a request to stop is heard at a report.
-      report: gets the number of steps taken and the metrics averaged since the last report (`[]`, or `[S]` in a sweep).
+      report: gets the number of steps taken and the metrics since the last report, averaged over the steps where they
+        were finite (`[]`, or `[S]` in a sweep).
       save: gets the number of steps taken and the state; called after every `save_every` steps and at the end, but not
-        when the run diverged.
+        while steps fail, so that good checkpoints are not pushed out.
       save_every: steps between two checkpoints, a multiple of `every`.
       stop: asked at each report whether to save and end early.
-      skip_limit: the run has diverged when every member of it has skipped more steps than this.
+      skip_limit: steps fail while every member of the run skips most of those between two reports; the run has
+        diverged when more than so many have failed in a row, or the last `every`.
 
     Returns:
       The last state and why the loop ended.
@@ -129,23 +141,33 @@ def fit(
     """
     if save_every % every:
         raise ValueError(f"save_every must be a multiple of every={every}, got {save_every}")
-    taken, window = int(np.max(state.step)), []
+    taken, window, failed = int(np.max(state.step)), [], 0
+    skipped = jax.device_get(state.skipped)
     while taken < steps:
         state, metrics = step(state, next(batches))
         window.append(metrics)
         taken += 1
         if taken % every and taken < steps:
             continue
-        report(taken, jax.tree.map(lambda *values: np.mean(jax.device_get(values), axis=0), *window))
-        window = []
-        if np.min(jax.device_get(state.skipped)) > skip_limit:
+        report(taken, jax.tree.map(_average, *window))
+        before, skipped = skipped, jax.device_get(state.skipped)
+        failed = failed + len(window) if 2 * np.min(skipped - before) > len(window) else 0
+        if failed > (skip_limit if taken < steps else min(every, steps) - 1):
             return Outcome(state, "diverged")
-        stopping = stop() and taken < steps
-        if stopping or taken % save_every == 0 or taken == steps:
+        window, stopping = [], stop()
+        if stopping or taken == steps or (failed == 0 and taken % save_every == 0):
             save(taken, state)
         if stopping:
             return Outcome(state, "interrupted")
     return Outcome(state, "done")
+
+
+def _average(*values: Array) -> np.ndarray:
+    """Over the first axis of what is finite; NaN where nothing is. A step that is skipped does not hide the others."""
+    rows = np.stack(jax.device_get(values)).astype(np.float64)
+    finite = np.isfinite(rows)
+    count = finite.sum(0)
+    return np.where(count, np.where(finite, rows, 0).sum(0) / np.maximum(count, 1), np.nan)
 
 
 @contextlib.contextmanager
@@ -153,7 +175,7 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
     """While open, SIGTERM and the first Ctrl-C only raise a flag; yields the function that reads it.
 
     With many processes the flag is up if any process's is, so that all of them stop at the same step; all must ask
-    equally often.
+    equally often. Only the main thread hears signals: opened in another one, the process's own flag is never up.
     """
     requested = threading.Event()
 
@@ -168,7 +190,8 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
 
         return bool(np.any(multihost_utils.process_allgather(np.array(requested.is_set()))))
 
-    old = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    heard = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+    old = {number: signal.signal(number, handle) for number in heard}
     try:
         yield read
     finally:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,8 @@ def test_members_of_a_sweep_skip_on_their_own():
     states = jax.vmap(lambda _: start())(jnp.arange(2))
     for _ in range(3):
         states, _ = step(states, jax.random.key(0), jnp.ones(2), sweep.values)
-    assert states.skipped.tolist() == [0, 2]
+    assert states.skipped.tolist() == [0, 3]
+    np.testing.assert_array_equal(states.params["x"][1], [1.0, -2.0])  # as far as it came with finite updates
     np.testing.assert_allclose(states.params["x"][0], 1 + 0.9**3 * np.array([0.0, -3.0]), rtol=1e-6)
 
 
@@ -119,6 +121,44 @@ def test_a_run_that_only_skips_has_diverged_and_is_not_saved():
     assert not [event for event in events if event[0] == "save"]
 
 
+def test_a_run_whose_last_steps_all_fail_has_diverged_however_short_it_is():
+    outcome, events = fit(start(), [jnp.zeros(2)] * 5 + [jnp.full(2, jnp.nan)] * 2)
+    assert (outcome.reason, int(outcome.state.skipped)) == ("done", 2)  # of 5 and 6, and of 7
+    outcome, events = fit(start(), [jnp.zeros(2)] * 4 + [jnp.full(2, jnp.nan)] * 3)
+    assert (outcome.reason, int(outcome.state.skipped)) == ("diverged", 3)
+    assert [event[:2] for event in events if event[0] == "save"] == [("save", 4)]
+
+
+def test_steps_that_fail_now_and_then_are_no_divergence():
+    batches = [jnp.full(2, jnp.nan if i % 4 == 3 else 0.0) for i in range(40)]
+    outcome, _ = fit(start(), batches, skip_limit=3, steps=40)
+    assert (outcome.reason, int(outcome.state.skipped)) == ("done", 10)
+
+
+def test_a_request_to_stop_in_the_last_steps_is_heard():
+    outcome, events = fit(start(), stop=lambda: True, steps=2)
+    assert (outcome.reason, events[-1]) == ("interrupted", ("save", 2, 2))
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float16", 4096), ("bfloat16", 4096)])
+def test_in_half_precision_norms_do_not_overflow_and_the_average_still_moves(dtype, size):
+    def linear(params, key, batch, hyper):
+        return 20 * params["x"].astype(jnp.float32).sum(), {}
+
+    step = jax.jit(lambda state: training.make_step(linear, optimizer)(state, jax.random.key(0), None, slow))
+    slow = {"lr": jnp.asarray(1e-3, dtype), "ema_decay": jnp.asarray(0.9)}
+    state = training.init({"x": jnp.zeros(size, dtype)}, optimizer(slow))
+    expected, x = 0.0, 0.0
+    for n in range(10):
+        state, metrics = step(state)
+        decay, x = min(0.9, (1 + n) / (10 + n)), float(state.params["x"][0])
+        expected = decay * expected + (1 - decay) * x
+    assert int(state.skipped) == 0
+    assert state.params["x"].dtype == dtype
+    np.testing.assert_allclose(metrics["grad_norm"], 20 * size**0.5, rtol=1e-3)
+    np.testing.assert_allclose(state.ema["x"], expected, rtol=1e-2)  # XLA may round the parameters later than we do
+
+
 def test_checkpoints_fall_on_reports():
     with pytest.raises(ValueError, match="save_every must be a multiple of every=2, got 3"):
         fit(start(), save_every=3)
@@ -132,3 +172,18 @@ def test_a_signal_asks_for_a_stop_and_handlers_are_put_back(number):
         os.kill(os.getpid(), number)
         assert stop()
     assert signal.getsignal(number) is before
+
+
+def test_outside_the_main_thread_no_stop_is_ever_asked_for():
+    seen = []
+
+    def listen():
+        with training.stop_requested() as stop:
+            seen.append(stop())
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    assert seen == [False]
+    assert signal.getsignal(signal.SIGTERM) is before
