@@ -2,10 +2,12 @@
 
 A checkpoint is a folder named after its step: the state as Orbax stores it, and `record.json` with its metrics, the
 run's configuration, the layout of the state, and size and checksum of every file. Orbax renames the folder into place
-when all of it is written, so a killed process leaves the earlier ones as they were.
+when all of it is written, so a killed process leaves the earlier ones as they were. Only what contradicts its record is
+damaged; whatever else goes wrong while one is read is an error, and costs no checkpoint.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import logging
@@ -13,7 +15,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -24,7 +26,6 @@ from esscher.core.errors import UsageError
 __all__ = ["Checkpoints", "Restored", "open"]
 
 _RECORD = "record.json"
-_CHECKSUM_BELOW = 2**30  # bytes of a checkpoint; above, the sizes of its files have to do
 _log = logging.getLogger(__name__)
 
 
@@ -50,7 +51,7 @@ def open(
     Args:
       directory: local path, or any that Orbax knows, such as `gs://bucket/run`.
       keep: how many of the newest to keep.
-      best: the metric that picks the one that is kept besides; its mean over the members of a sweep.
+      best: the metric that picks the one that is kept besides; in a sweep its mean where it is finite.
       mode: whether the least or the greatest is best.
       config: stored with each checkpoint; anything that JSON can hold.
 
@@ -59,6 +60,10 @@ def open(
     """
     if keep < 1 or mode not in ("min", "max"):
         raise ValueError(f'keep must be at least 1 and mode "min" or "max", got {keep} and {mode!r}')
+    try:
+        json.dumps(config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"config must be what JSON can hold: {error}") from error
     return Checkpoints(directory, keep, best, -1.0 if mode == "min" else 1.0, config)
 
 
@@ -76,6 +81,7 @@ class Checkpoints:
         self._manager: Any = None
         self._last: int | None = None  # the step last saved or resumed from
         self._pending: tuple[int, dict[str, Any]] | None = None  # the save under way and its record
+        self._abandoned: list[int] = []  # damaged, and newer than where the run resumed
 
     def __enter__(self) -> "Checkpoints":
         """Itself."""
@@ -114,9 +120,13 @@ class Checkpoints:
         values = {name: np.asarray(value, np.float64).tolist() for name, value in (metrics or {}).items()}
         record = {"metrics": values, "config": self._config, "layout": _layout(state)}
         with self._one_line_error(step):
-            self._open_manager()
+            self._set_aside()
+            if self._manager is None:
+                self._open_manager()
+            newest = max(self._manager.all_steps(), default=-1)
+            if step <= newest:
+                raise ValueError(f"step must be past {newest}, the newest checkpoint of {self.directory}, got {step}")
             self._require_space(step, state)
-            self._make_way(step)
             self._pending = step, record
             self._policy.scores[step] = self._score(record)
             self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), force=True)
@@ -145,9 +155,7 @@ class Checkpoints:
     def _open_manager(self) -> None:
         import orbax.checkpoint as ocp
 
-        if self._manager is not None:
-            return
-        self._policy.scores.update(self._scores())
+        self._policy.scores.update(_together(self._scores))
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -161,39 +169,46 @@ class Checkpoints:
             ),
         )
 
-    def _make_way(self, step: int) -> None:
-        newest = max(set(self._manager.all_steps()) - self._policy.abandoned, default=-1)
-        if step <= newest:
-            raise ValueError(f"step must be past {newest}, the newest checkpoint of {self.directory}, got {step}")
-        if step in self._policy.abandoned and step in self._manager.all_steps():
-            self._manager.delete(step)
-        self._policy.abandoned.discard(step)
+    def _set_aside(self) -> None:
+        """Renames the damaged checkpoints that training comes past: their steps are free, and nothing is lost."""
+
+        def rename():
+            for step in {*self._abandoned} & {*self.steps()} if jax.process_index() == 0 else ():
+                names = (self.directory / f"damaged-{step}-{count}" for count in itertools.count(1))
+                aside = next(path for path in names if not path.exists())
+                (self.directory / str(step)).rename(aside)
+                _log.warning("the damaged checkpoint of step %d is kept as %s", step, aside)
+
+        if self._abandoned:
+            self.close()  # Orbax's manager would believe them still there
+            _together(rename)
+            self._abandoned = []
 
     def _write_record(self) -> None:
         """Called by Orbax on one host, when every file is written and the folder not yet renamed."""
         step, record = self._pending
         for folder in self.directory.iterdir():
             if folder.name.split(".")[0] == str(step):
-                (folder / _RECORD).write_text(json.dumps(record | {"files": _fingerprint(folder / "state")}))
+                paths = [where / name for where, _, names in (folder / "state").walk() for name in names]
+                files = {str(path.relative_to(folder / "state")): _fingerprint(path) for path in paths}
+                (folder / _RECORD).write_text(json.dumps(record | {"files": files}))
 
     def _scores(self) -> dict[int, float]:
         """How good each committed checkpoint is; without the metric, or damaged, minus infinity."""
-        scores = dict.fromkeys(self.steps(), -np.inf)
-        for step in scores:
-            with contextlib.suppress(OSError, ValueError):
-                scores[step] = self._score(self._read_record(step))
-        return scores
+        records = {step: self._read_record(step) for step in self.steps()}
+        return {step: -np.inf if record is None else self._score(record) for step, record in records.items()}
 
     def _score(self, record: dict[str, Any]) -> float:
-        value = self._sign * np.mean(record["metrics"].get(self._best, np.nan))
-        return float(value) if np.isfinite(value) else -np.inf
+        members = np.asarray(record["metrics"].get(self._best, np.nan), np.float64)
+        finite = members[np.isfinite(members)]  # one member that diverged must not hide the others
+        return float(self._sign * finite.mean()) if finite.size else -np.inf
 
     def _require_space(self, step: int, state: Any) -> None:
         """Fails before anything is written, because Orbax says the same in a hundred lines and leaves its half."""
         if "://" in str(self.directory):
             return
         shards = [s for x in jax.tree.leaves(state) if isinstance(x, jax.Array) for s in x.addressable_shards]
-        needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
+        needed = 2**20 + 1.05 * sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)  # with Orbax's own
         free = shutil.disk_usage(self.directory).free
         if not _agreed(needed < free):
             mine = f"it needs {needed / 2**20:.1f} MiB and the disk has {free / 2**20:.1f} MiB left"
@@ -204,15 +219,15 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            code = re.search(r"os_error_code='(\d+)'", str(error))  # how TensorStore passes the system's errors on
-            if not (code or isinstance(error, OSError)):
+            reason = _system_error(error)
+            if reason is None:
                 raise
             self._pending = self._last = None
             self._policy.scores.pop(step, None)
             if self._manager is not None:
                 with contextlib.suppress(ValueError):  # of a damaged file: the full disk is the news
                     self._manager.reload()
-            raise self._failure(step, os.strerror(int(code[1])) if code else str(error)) from error
+            raise self._failure(step, reason) from error
 
     def _failure(self, step: int, reason: str) -> UsageError:
         steps = self.steps()
@@ -224,7 +239,7 @@ class Checkpoints:
     def restore_latest(self, abstract_state: Any) -> Restored | None:
         """The newest checkpoint that is whole; each newer one that is not is named in a warning of one line.
 
-        A damaged checkpoint stays where it is until training has come past it and saved again.
+        Damaged checkpoints stay where they are until the next save, which renames them (`3` to `damaged-3-1`).
 
         Args:
           abstract_state: arrays, or `jax.ShapeDtypeStruct` with the shardings wanted now, whatever they were at the
@@ -234,45 +249,51 @@ class Checkpoints:
           The checkpoint, or `None` if there is none at all.
 
         Raises:
-          UsageError: there are checkpoints, but none is whole; or the newest whole one holds another state.
+          UsageError: there are checkpoints, but none is whole; or the newest whole one holds another state, or cannot
+            be read now. What else Orbax or JAX raise, such as a lack of memory, comes as it is.
         """
         steps = self.steps()[::-1]
         restored = self._first_whole(steps, abstract_state)
         if restored is not None:
             self._last = restored.step
-            self._policy.abandoned.update(step for step in steps if step > restored.step)
+            self._abandoned = [step for step in steps if step > restored.step]
         return restored
 
     def restore_best(self, abstract_state: Any) -> Restored | None:
         """The whole checkpoint with the best metric; arguments and errors as in `restore_latest`."""
-        scores = self._scores()
+        with _reading(self.directory):
+            scores = _together(self._scores)
         return self._first_whole(sorted(scores, key=lambda step: (scores[step], step))[::-1], abstract_state)
 
     def _first_whole(self, steps: Sequence[int], abstract_state: Any) -> Restored | None:
         for step, following in itertools.pairwise([*steps, None]):
-            folder, restored, reason = self.directory / str(step), None, "another host cannot read it"
-            try:
-                restored = self._read(step, abstract_state)
-            except UsageError:
-                raise
-            except Exception as error:  # JSON, TensorStore and file system each have their own
-                reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            if _agreed(restored is not None):
-                return restored
+            folder = self.directory / str(step)
+            with _reading(folder):
+                damage = _together(functools.partial(self._damage, step))
+                if _agreed(damage is None):
+                    return _together(functools.partial(self._read, step, abstract_state))
+            reason = damage or "another host found it so"
             if following is None:
-                where = f"no checkpoint in {self.directory} is whole"
-                raise UsageError(f"{where} (step {step}: {reason}); delete that folder to start over")
+                where = f"no checkpoint in {self.directory} is whole (step {step}: {reason})"
+                raise UsageError(f"{where}; to start over, move that folder away or delete it")
             _log.warning("checkpoint %s is damaged (%s); going back to step %d", folder, reason, following)
+        return None
+
+    def _damage(self, step: int) -> str | None:
+        """How a checkpoint differs from what was saved, if it does; each host looks at its part of the files."""
+        record = self._read_record(step)
+        if record is None:
+            return f"{_RECORD} is not what was saved"
+        for name, saved in sorted(record["files"].items())[jax.process_index() :: jax.process_count()]:
+            path = self.directory / str(step) / "state" / name
+            if not path.exists() or _fingerprint(path) != saved:
+                return f"state/{name} is not what was saved"
         return None
 
     def _read(self, step: int, abstract_state: Any) -> Restored:
         import orbax.checkpoint as ocp
 
         folder, record = self.directory / str(step), self._read_record(step)
-        for name, (size, *checksum) in record["files"].items():
-            file = folder / "state" / name
-            if file.stat().length != size or (checksum and zlib.crc32(file.read_bytes()) != checksum[0]):
-                raise ValueError(f"state/{name} is not what was saved")
         stored, wanted = record["layout"], _layout(abstract_state)
         differing = sorted(path for path in stored.keys() | wanted.keys() if stored.get(path) != wanted.get(path))
         if differing:
@@ -287,11 +308,16 @@ class Checkpoints:
         state = ocp.StandardCheckpointHandler().restore(folder / "state", args=args)
         return Restored(step, state, record["metrics"], record["config"])
 
-    def _read_record(self, step: int) -> dict[str, Any]:
-        record = json.loads((self.directory / str(step) / _RECORD).read_text())
-        if not isinstance(record, dict) or {"metrics", "config", "layout", "files"} - record.keys():
-            raise ValueError(f"{_RECORD} is not what was saved")
-        return record
+    def _read_record(self, step: int) -> dict[str, Any] | None:
+        """The record of a checkpoint; None if it is damaged."""
+        path = self.directory / str(step) / _RECORD
+        try:
+            record = json.loads(path.read_text()) if path.exists() else None
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            return None
+        if not isinstance(record, dict) or "config" not in record:
+            return None
+        return record if all(isinstance(record.get(x), dict) for x in ("metrics", "layout", "files")) else None
 
 
 class _Policy:
@@ -300,14 +326,12 @@ class _Policy:
     def __init__(self, keep: int):
         self.keep = keep
         self.scores: dict[int, float] = {}
-        self.abandoned: set[int] = set()  # damaged, and newer than where the run resumed
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Whether each checkpoint is to stay."""
         steps = [info.step for info in checkpoints]
-        alive = sorted(set(steps) - self.abandoned)
-        kept = set(alive[-self.keep :])
-        scored = [step for step in alive if self.scores.get(step, -np.inf) > -np.inf]
+        kept = set(sorted(steps)[-self.keep :])
+        scored = [step for step in steps if self.scores.get(step, -np.inf) > -np.inf]
         if scored:
             kept.add(max(scored, key=lambda step: (self.scores[step], step)))
         return [step in kept for step in steps]
@@ -320,6 +344,35 @@ def _agreed(ok: bool) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
+
+
+def _together(action: Callable[[], Any]) -> Any:
+    """What the action returns, if it succeeds on every host; else all raise, and none waits for one that failed."""
+    result = failure = None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    if not _agreed(failure is None):
+        raise failure or UsageError("another host failed at a checkpoint; its own error says why")
+    return result
+
+
+@contextlib.contextmanager
+def _reading(path: Any) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        reason = _system_error(error)
+        if reason is None:
+            raise
+        raise UsageError(f"cannot read {path}: {reason}; try again, or move it away to go on without it") from error
+
+
+def _system_error(error: Exception) -> str | None:
+    """What the operating system had to say, if the error is its."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # how TensorStore passes it on
+    return os.strerror(int(code[1])) if code else str(error) if isinstance(error, OSError) else None
 
 
 def _layout(tree: Any) -> dict[str, str]:
@@ -337,12 +390,10 @@ def _target(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _fingerprint(folder: Any) -> dict[str, list[int]]:
-    """Size and, unless the whole is huge, CRC-32 of every file; TensorStore lets a flipped bit in an array pass."""
-    files = sorted(where / name for where, _, names in folder.walk() for name in names)
-    sizes = {path: path.stat().length for path in files}
-    small = sum(sizes.values()) <= _CHECKSUM_BELOW
-    return {
-        str(path.relative_to(folder)): [size, zlib.crc32(path.read_bytes())] if small else [size]
-        for path, size in sizes.items()
-    }
+def _fingerprint(path: Any) -> list[int]:
+    """Size and CRC-32 of a file; TensorStore lets a flipped bit in an array pass."""
+    size = checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            size, checksum = size + len(block), zlib.crc32(block, checksum)
+    return [size, checksum]

@@ -39,11 +39,11 @@ class Images:
     decoded in memory, each row from its first use on.
     """
 
-    def __init__(self, source: Sequence[Any], shape: tuple[int, int, int], num_classes: int):
-        """Wraps a TFDS data source; `shape` is `(H, W, C)`."""
+    def __init__(self, source: Sequence[Any], shape: tuple[int, int, int], num_classes: int, folder: Any = None):
+        """Wraps a TFDS data source; `shape` is `(H, W, C)`, and `folder` where it lies, for errors."""
         self.shape = shape
         self.num_classes = num_classes
-        self._source = source
+        self._source, self._folder = source, folder
         n = len(source)
         self._decoded = np.zeros(n, bool) if n * math.prod(shape) <= _KEEP_DECODED_BELOW else None
         if self._decoded is not None:
@@ -74,8 +74,15 @@ class Images:
         return {"image": normalise(images), "label": labels}
 
     def _decode(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        examples = self._source.__getitems__([int(row) for row in rows])
-        return np.stack([x["image"] for x in examples]), np.array([x["label"] for x in examples], np.int32)
+        try:
+            examples = self._source.__getitems__([int(row) for row in rows])
+            images, labels = (np.array([x[name] for x in examples]) for name in ("image", "label"))
+        except Exception as error:  # whatever a damaged file makes TFDS raise
+            raise _damaged(self._folder, error) from error
+        if labels.min() < 0 or labels.max() >= self.num_classes:
+            got = f"got {labels.min()} to {labels.max()}"
+            raise UsageError(f"labels in {self._folder} must be 0 to {self.num_classes - 1}, {got}: take another split")
+        return images, labels.astype(np.int32)
 
 
 def normalise(images: np.ndarray) -> np.ndarray:
@@ -104,6 +111,12 @@ class Table:
     """Rows of arrays that fit into memory."""
 
     columns: dict[str, np.ndarray]  # of one length
+
+    def __post_init__(self) -> None:
+        """Checks the lengths."""
+        lengths = {name: len(column) for name, column in self.columns.items()}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"columns must be of one length, got {lengths}")
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -200,13 +213,10 @@ def load(name: str = "digits", split: str = "train", data_dir: str | os.PathLike
             ) from None
         except ValueError as error:
             if split in splits:
-                raise _damaged(builder, error) from error
+                raise _damaged(builder.data_dir, error) from error
             raise UsageError(f"data set {name!r} has no split {split!r}; it has {', '.join(splits)}") from None
-        images = Images(source, shape, num_classes)
-        try:
-            images[0]
-        except Exception as error:  # whatever a truncated file makes TFDS raise
-            raise _damaged(builder, error) from error
+        images = Images(source, shape, num_classes, builder.data_dir)
+        images[0]  # if the files are cut, it is said now
     return images
 
 
@@ -237,8 +247,8 @@ def _data_dir(data_dir: str | os.PathLike | None, name: str) -> pathlib.Path:
     return folder
 
 
-def _damaged(builder: Any, error: Exception) -> UsageError:
-    return UsageError(f"data in {builder.data_dir} is damaged ({_first_line(error)}); delete that folder and run again")
+def _damaged(folder: Any, error: Exception) -> UsageError:
+    return UsageError(f"data in {folder} is damaged ({_first_line(error)}); delete that folder and run again")
 
 
 def _first_line(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ class Panel(NamedTuple):
     xlabel: str
     ylabel: str
     log_x: bool = False  # with a tick at every x that occurs, if they are apart
-    log_y: bool = False
+    log_y: bool = False  # either stays linear where nothing is positive
     references: Mapping[str, float] = {}  # horizontal lines
 
 
@@ -35,7 +35,7 @@ def lines(path: pathlib.Path, *panels: Panel) -> pathlib.Path:
     if not writes():
         return path
     styles = _styles(list(dict.fromkeys(label for panel in panels for label in panel.series)))
-    named = list(styles)[:: math.ceil(len(styles) / MOST_NAMED)]
+    named = list(styles)[:: math.ceil(len(styles) / MOST_NAMED) or 1]
     figure = _figure((4.4 * len(panels) + 1.6, max(3.2, 0.24 * len(named))), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _draw(axes, panel, styles)
@@ -52,8 +52,8 @@ def _styles(labels: list[str]) -> dict[str, dict[str, Any]]:
 
     palette = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555"]  # Okabe and Ito's
     if len(labels) <= MOST_NAMED:
-        markers = "osD^vPXp*<>hd8H4"
-        return {x: {"color": palette[i % 7], "marker": markers[i]} for i, x in enumerate(labels)}
+        markers, dashes = "osD^vPXp*<>hd8H4", ("-", "--", ":")
+        return {x: {"color": palette[i % 7], "marker": markers[i], "ls": dashes[i // 7]} for i, x in enumerate(labels)}
     scale = colormaps["viridis"](np.linspace(0, 0.92, len(labels)))
     return {label: {"color": color, "marker": "."} for label, color in zip(labels, scale, strict=True)}
 
@@ -70,11 +70,11 @@ def _draw(axes: Any, panel: Panel, styles: dict[str, dict[str, Any]]) -> None:
         at = {"xycoords": ("axes fraction", "data"), "xytext": (-2, 3), "textcoords": "offset points", "ha": "right"}
         axes.annotate(label, (1, value), color="#555555", fontsize=8, path_effects=halo, zorder=9, **at)
     axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
-    if panel.log_y:
+    if panel.log_y and _positive(values[1] for values in panel.series.values()).size:
         axes.set_yscale("log")
         _label_decades(axes.yaxis)
-    if panel.log_x:
-        ticks = np.unique([x for values in panel.series.values() for x in values[0]])
+    ticks = _positive(values[0] for values in panel.series.values())
+    if panel.log_x and ticks.size:
         if np.all(ticks[1:] > 1.3 * ticks[:-1]):
             axes.set_xscale("log", base=2)
             axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
@@ -84,6 +84,12 @@ def _draw(axes: Any, panel: Panel, styles: dict[str, dict[str, Any]]) -> None:
     axes.grid(color="#e6e6e6", lw=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _positive(values: Iterable[Any]) -> np.ndarray:
+    """The different values that a logarithmic axis can show."""
+    flat = np.unique(np.concatenate([np.zeros(0), *map(np.ravel, values)]))
+    return flat[(flat > 0) & np.isfinite(flat)]
 
 
 def _label_decades(axis: Any) -> None:

@@ -13,7 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -66,6 +66,8 @@ def open_run(
 ) -> pathlib.Path:
     """Makes, or returns to, the folder `root/experiment/name` with `config.json` and `figures/` in it.
 
+    The folder is this process's for as long as it lives.
+
     Args:
       config: a dataclass instance or a mapping, nested if you like; what JSON cannot hold is stored as text.
       experiment: name of the experiment.
@@ -78,8 +80,8 @@ def open_run(
       The folder.
 
     Raises:
-      UsageError: the name is not a plain file name, the folder cannot be written, or it holds a run of another
-        configuration; the message names the fields.
+      UsageError: the name is not a plain file name, the folder cannot be written, another process has it, or it holds
+        a run of another configuration; the message names the fields.
     """
     check_name(name)
     folder, mine = pathlib.Path(root, experiment, name), plain(config)
@@ -89,12 +91,36 @@ def open_run(
             _refuse_other(folder, _flat(json.loads(path.read_text())), _flat(mine), may_change)
         if writes():
             (folder / "figures").mkdir(parents=True, exist_ok=True)
+            _lock(folder)
             _write_text(path, json.dumps(mine, indent=2) + "\n")
     except OSError as error:
         raise UsageError(f"cannot write to {folder} ({error.strerror}); choose another folder of runs") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is damaged ({error}); mend it, or choose another name for the run") from error
     return folder
+
+
+_locks: dict[tuple[int, int], IO[str]] = {}  # by device and inode; never closed, so that they hold until the end
+
+
+def _lock(folder: pathlib.Path) -> None:
+    """Raises a UsageError if another process has the folder; where there are no locks, nobody has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    file = (folder / ".lock").open("a")
+    identity = os.fstat(file.fileno()).st_dev, os.fstat(file.fileno()).st_ino
+    if identity in _locks:  # ours already
+        return file.close()
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UsageError(f"another process is running the run in {folder}; end it, or choose another name") from None
+    except OSError:  # the file system has none
+        pass
+    _locks[identity] = file
 
 
 def plain(config: Any) -> Any:
@@ -139,9 +165,9 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 def log_metrics(folder: pathlib.Path, resumed_step: int = -1) -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
     """Opens a run's `metrics.jsonl` and TensorBoard events and yields `write(step, values)`.
 
-    Values are scalars, or `[S]` arrays for the members of a sweep; what is not finite is stored as null. Lines past the
-    step that the run resumed from are cut first, so that in the end the file is that of a run which was never
-    interrupted. For that, write a step's metrics before you save its checkpoint.
+    Values are scalars, or `[S]` arrays for the members of a sweep; what is not finite is stored as null. Damaged lines
+    and those past the step that the run resumed from are cut first, so that in the end the file is that of a run which
+    was never interrupted. For that, write a step's metrics before you save its checkpoint.
 
     Args:
       folder: the run's.
@@ -180,9 +206,12 @@ def log_metrics(folder: pathlib.Path, resumed_step: int = -1) -> Iterator[Callab
 def _read_lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
-    for text in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # a last line that was cut by a full disk
-            yield json.loads(text)
+    for text in path.read_bytes().splitlines():
+        line = None
+        with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):  # cut by a full disk, or a crash's zeros
+            line = json.loads(text)
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            yield line
 
 
 def read_metrics(folder: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -290,22 +319,28 @@ def print_results(folder: pathlib.Path) -> None:
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A Markdown table; floats get four significant digits, and columns of numbers stand to the right.
 
+    A `|` in a cell is escaped.
+
     >>> print(table(["solver", "agreement"], [["heun", 0.98765], ["ddim", 0.5]]))
     | solver | agreement |
     |:-------|----------:|
     | heun   |    0.9877 |
     | ddim   |       0.5 |
     """
-    cells = [[f"{x:.4g}" if isinstance(x, float | np.floating) else str(x) for x in row] for row in rows]
+
+    def text(x):
+        return f"{x:.4g}" if isinstance(x, float | np.floating) else str(x).replace("|", "\\|")
+
+    head, *cells = [[text(x) for x in row] for row in (header, *rows)]
     numeric = [all(isinstance(row[i], int | float | np.number) for row in rows) for i in range(len(header))]
-    widths = [max(len(row[i]) for row in [list(header), *cells]) for i in range(len(header))]
+    widths = [max(len(row[i]) for row in [head, *cells]) for i in range(len(header))]
 
     def line(row):
         padded = (x.rjust(w) if right else x.ljust(w) for x, w, right in zip(row, widths, numeric, strict=True))
         return f"| {' | '.join(padded)} |"
 
     ruler = (f"{'-' * (w + 1)}:" if right else f":{'-' * (w + 1)}" for w, right in zip(widths, numeric, strict=True))
-    return "\n".join([line(header), f"|{'|'.join(ruler)}|", *map(line, cells)])
+    return "\n".join([line(head), f"|{'|'.join(ruler)}|", *map(line, cells)])
 
 
 def picture(path: pathlib.Path, folder: pathlib.Path, caption: str) -> str:

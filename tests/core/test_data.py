@@ -222,6 +222,11 @@ def test_a_table_gives_rows_of_all_its_columns():
     np.testing.assert_array_equal(batch["b"], [[6, 7], [8, 9], [0, 1]])
 
 
+def test_a_table_of_columns_that_differ_in_length_is_rejected():
+    with pytest.raises(ValueError, match=r"columns must be of one length, got \{'a': 5, 'b': 4\}"):
+        data.Table({"a": np.arange(5), "b": np.zeros((4, 2))})
+
+
 def test_an_empty_split_is_rejected():
     with pytest.raises(ValueError, match="at least one row"):
         data.batches(stand_in(0), batch_size=1, seed=0)
@@ -314,3 +319,25 @@ def test_a_damaged_set_gets_one_line_that_names_the_folder_to_delete(tmp_path, n
     prepared = pathlib.Path(tmp_path, "digits", "1.0.0")
     (prepared / name).write_bytes(content)
     assert f"{prepared} is damaged" in one_line(data.load, data_dir=tmp_path)
+
+
+def test_labels_that_are_no_classes_get_one_line():
+    rows = Rows({"image": np.zeros((1, 1, 1), np.uint8), "label": label} for label in (0, 1, -1))
+    images = data.Images(rows, (1, 1, 1), 2)
+    assert images[1]["label"] == 1
+    with pytest.raises(UsageError, match=r"must be 0 to 1, got -1 to 0: take another split"):
+        images.rows(np.array([0, 2]))
+
+
+def test_damage_past_the_first_row_gets_the_same_line_when_it_is_read(tmp_path):
+    data.load(data_dir=tmp_path)
+    prepared = pathlib.Path(tmp_path, "digits", "1.0.0")
+    path = prepared / "digits-train.array_record-00000-of-00001"
+    content = bytearray(path.read_bytes())
+    middle = slice(len(content) // 2, len(content) // 2 + 2000)
+    content[middle] = bytes(255 - x for x in content[middle])
+    path.write_bytes(content)
+    images = data.load(data_dir=tmp_path)
+    assert f"{prepared} is damaged" in one_line(data.arrays, images)
+    batches = data.prefetch(data.batches(images, batch_size=len(images), seed=0))
+    assert f"{prepared} is damaged" in one_line(next, batches)

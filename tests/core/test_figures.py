@@ -74,3 +74,15 @@ def test_figures_of_one_or_many_curves_are_drawn_and_the_same_input_is_the_same_
     left, right = np.array_split(blue[:, : int(blue.shape[1] * 0.8)], 2, axis=1)
     assert min(left.sum(), right.sum()) > 50
     assert "matplotlib.pyplot" not in sys.modules
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0, -1.0])
+def test_a_logarithmic_axis_without_positive_values_stays_linear(tmp_path, value, recwarn):
+    series = {"a": ([1, 2], [value] * 2), "none": ([], [])}
+    x, y = (figures.Panel(values, "x", "y", True, True) for values in ({"a": ([value], [1])}, series))
+    assert figures.lines(tmp_path / "a.png", x, y).stat().st_size
+    assert not [w for w in recwarn if "log" in str(w.message)]
+
+
+def test_an_empty_panel_is_an_empty_frame(tmp_path):
+    assert figures.lines(tmp_path / "a.png", figures.Panel({}, "x", "y", True, True)).stat().st_size

@@ -1,7 +1,10 @@
 """A run's folder survives kills and mistakes; what it shows is what was written."""
 
 import dataclasses
+import errno
+import fcntl
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -79,8 +82,10 @@ def test_fields_that_only_one_side_has_differ(tmp_path):
     with pytest.raises(UsageError, match=r"\(b is None there, absent here; c is absent there, 3 here\)"):
         open_run(tmp_path, {"a": 1, "c": 3})
     (folder / "config.json").write_text("{")
-    with pytest.raises(UsageError, match=r"config\.json is damaged"):
-        open_run(tmp_path, {"a": 1})
+    for damaged in (b"{", b"\xff{}"):
+        (folder / "config.json").write_bytes(damaged)
+        with pytest.raises(UsageError, match=r"config\.json is damaged"):
+            open_run(tmp_path, {"a": 1})
 
 
 @pytest.mark.parametrize("name", ["", "../other", "a/b", ".hidden", "a b"])
@@ -93,6 +98,44 @@ def test_a_folder_that_cannot_be_written_gets_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"cannot write to .*file.*; choose another folder"):
         open_run(tmp_path / "file")
+
+
+OPEN = """
+import pathlib, sys
+from esscher.core import reporting
+reporting.open_run({"a": 1}, experiment="toy", name="one", root=sys.argv[1])
+print("open", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_a_second_process_is_refused_while_the_first_lives(tmp_path):
+    command = [sys.executable, "-c", OPEN, str(tmp_path)]
+    first = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout.readline() == "open\n"
+        before = (tmp_path / "toy" / "one" / "config.json").stat().st_mtime_ns
+        with pytest.raises(UsageError, match=r"another process is running the run in .*; end it, or choose") as caught:
+            open_run(tmp_path, {"a": 1})
+        assert "\n" not in str(caught.value)
+        assert (tmp_path / "toy" / "one" / "config.json").stat().st_mtime_ns == before
+    finally:
+        first.kill()
+        first.communicate()
+    for _ in range(2):  # the lock has gone with its process, and is this one's as often as it asks
+        folder = open_run(tmp_path, {"a": 1})
+    other = subprocess.run(command, input="", capture_output=True, text=True, timeout=60, check=False)
+    assert (other.returncode, "another process is running" in other.stderr) == (1, True)
+    assert {path.name for path in folder.iterdir()} == {".lock", "config.json", "figures"}
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_where_the_file_system_has_no_locks_a_run_is_opened_all_the_same(tmp_path, monkeypatch, number):
+    def fail(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    assert (open_run(tmp_path) / "config.json").exists()
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
@@ -120,6 +163,25 @@ def test_after_a_resume_the_file_is_that_of_an_uninterrupted_run(tmp_path):
     assert (resumed / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     run(resumed, 1, 2, -1)  # a fresh start empties the file
     assert len((resumed / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_lines_that_a_crash_damaged_are_left_out(tmp_path):
+    run(tmp_path, 1, 3, -1)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    damaged = [
+        b"null\n",
+        b"7\n",
+        b'{"loss": 1}\n',
+        b'{"step": null}\n',
+        b"\xff\xfe\n",
+        bytes(9) + b"\n",
+        b'{"step": 4, "lo',
+    ]
+    path.write_bytes(b"".join([*damaged[:3], *lines, *damaged[3:]]))
+    np.testing.assert_array_equal(reporting.read_metrics(tmp_path)["loss"][0], [1, 2, 3])
+    run(tmp_path, 3, 3, 2)
+    assert path.read_bytes() == b"".join(lines)
 
 
 KILLED = """
@@ -260,3 +322,4 @@ def test_a_table_has_four_digits_and_numbers_to_the_right():
         "| ddim (0.5) |  5 |    1e-07 |",
     ]
     assert reporting.table(["a"], []).splitlines() == ["| a |", "|--:|"]
+    assert reporting.table(["a|b"], [["|"], ["x"]]).splitlines() == ["| a\\|b |", "|:-----|", "| \\|   |", "| x    |"]
