@@ -39,7 +39,7 @@ class ReverseKernel(NamedTuple):
     """A stochastic reverse step that has a density: what particle methods, tree search and policy gradients need."""
 
     sample: Callable[..., Array]
-    """`(key, x[B, ...], t, s) -> x_s[B, ...]`."""
+    """`(key, x[B, ...], t, s) -> x_s[B, ...]`; the times `t > s` are scalars."""
     log_prob: Callable[..., Array]
     """`(x_s[B, ...], x[B, ...], t, s) -> [B]`, in nats."""
 

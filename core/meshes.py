@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ __all__ = [
     "parameter_specs",
     "parse",
     "place",
+    "row_shards",
     "shardings",
     "topology",
 ]
@@ -30,7 +32,15 @@ AXES = ("sweep", "data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
 """How a batch is laid out: fsdp groups hold different examples too."""
 
-RULES = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor", "vocab": "tensor"}
+RULES = {
+    "embed": "fsdp",
+    "channels_in": "fsdp",
+    "mlp": "tensor",
+    "heads": "tensor",
+    "vocab": "tensor",
+    "modulation": "tensor",
+    "channels_out": "tensor",
+}
 """Which mesh axis splits a parameter axis of a given logical name; the others are whole on every device."""
 
 
@@ -41,13 +51,14 @@ def parse(text: str) -> dict[str, int]:
     {'data': 4, 'tensor': 2}
 
     Raises:
-      UsageError: an unknown axis, or a size that is neither a positive integer nor -1.
+      UsageError: an unknown axis, one given twice, or a size that is neither a positive integer nor -1.
     """
     sizes = {}
     for part in filter(None, text.replace(" ", ",").split(",")):
         name, _, size = part.partition("=")
-        if name not in AXES or not (size == "-1" or (size.isdigit() and int(size) > 0)):
-            raise UsageError(f"--mesh {part}: write axis=size with an axis of {', '.join(AXES)} and a size >= 1, or -1")
+        number = re.fullmatch(r"-1|[1-9][0-9]*", size)
+        if name not in AXES or name in sizes or not number:
+            raise UsageError(f"--mesh {part}: write axis=size, each axis of {', '.join(AXES)} once, size >= 1 or -1")
         sizes[name] = int(size)
     return sizes
 
@@ -65,7 +76,7 @@ def make(
       devices: which ones; all there are by default. Sizes without a -1 may use fewer than given.
 
     Raises:
-      UsageError: the sizes do not fit the number of devices.
+      UsageError: the sizes do not fit the number of devices; with several processes they must use all of them.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {"sweep": sweep, "data": data, "fsdp": fsdp, "tensor": tensor}
@@ -77,7 +88,7 @@ def make(
     if open_axes:
         sizes[open_axes[0]] = len(devices) // fixed
     used = math.prod(sizes.values())
-    if used == 0 or used > len(devices) or (open_axes and used != len(devices)):
+    if used == 0 or used > len(devices) or (used != len(devices) and (open_axes or jax.process_count() > 1)):
         raise UsageError(
             f"mesh {asked} does not fit {len(devices)} device(s): their number must be the product of sizes"
         )
@@ -163,6 +174,11 @@ def shardings(mesh: Mesh, specs: Any, *, swept: bool = False) -> Any:
     """Turns a pytree of specs into shardings on `mesh`; with `swept`, each gets a leading `sweep` axis."""
     lead = ("sweep",) if swept else ()
     return jax.tree.map(lambda spec: NamedSharding(mesh, PartitionSpec(*lead, *spec)), specs, is_leaf=_is_spec)
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def place(batch: Any, mesh: Mesh) -> Any:

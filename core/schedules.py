@@ -4,14 +4,16 @@ Time runs from noise (`t_max`: 1, or the noise level for `edm`, or pi/2 for `tri
 """
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from esscher.core.arrays import expand_like, safe_sqrt
+from esscher.core.arrays import check_known, check_per_example, expand_like, is_known, safe_sqrt
 from esscher.core.contracts import Prediction
 
 __all__ = [
@@ -131,8 +133,8 @@ def _circle(rate: float, radius: float | Array) -> Schedule:
     )
 
 
-def ve(t_max: float | Array = 1.0) -> Schedule:
-    """Variance exploding, time is the noise level: `alpha = 1`, `sigma = t`.
+def ve(t_max: float | Array = 50.0) -> Schedule:
+    """Variance exploding, time is the noise level: `alpha = 1`, `sigma = t`, up to 50 as the paper has it for CIFAR-10.
 
     Geometric noise levels are a grid for this schedule, not another schedule: see `log_snr_times`.
 
@@ -194,6 +196,7 @@ def add_noise(data: Array, noise: Array, t: Array, schedule: Schedule) -> Array:
     """
     if data.shape != noise.shape:
         raise ValueError(f"noise must have the shape of data {data.shape}, got {noise.shape}")
+    check_per_example(data, t=t)
     return expand_like(schedule.alpha(t), data) * data + expand_like(schedule.sigma(t), data) * noise
 
 
@@ -249,10 +252,11 @@ def convert(
       The same prediction as `target`, `[B, ...]`.
 
     Raises:
-      ValueError: an unknown parameterization, or `prediction` and `x` of different shapes.
+      ValueError: an unknown parameterization, `prediction` and `x` of different shapes, or times of another.
     """
     if prediction.shape != x.shape:
         raise ValueError(f"prediction must have the shape of x {x.shape}, got {prediction.shape}")
+    check_per_example(x, t=t)
     p, q = coefficients(source, t, schedule)
     p_target, q_target = coefficients(target, t, schedule)
     if source == target:
@@ -276,7 +280,7 @@ def as_prediction(prediction: Array, x: Array, t: Array, schedule: Schedule, *, 
 
 
 def _check_steps(n: int) -> None:
-    if n < 1:
+    if operator.index(n) < 1:
         raise ValueError(f"the number of steps must be at least 1, got {n}")
 
 
@@ -299,6 +303,9 @@ def log_snr_times(n: int, schedule: Schedule, t_max: float | Array, t_min: float
     """
     _check_steps(n)
     ends = schedule.log_snr_half(jnp.asarray(t_max)), schedule.log_snr_half(jnp.asarray(t_min))
+    for name, t, end in (("t_max", t_max, ends[0]), ("t_min", t_min, ends[1])):
+        if is_known(end) and not np.isfinite(end):
+            raise ValueError(f"{name} must be a time with a signal-to-noise ratio above 0 and below inf, got {t}")
     inner = schedule.inverse_log_snr_half(jnp.linspace(*ends, n + 1))
     return inner.at[0].set(t_max).at[-1].set(t_min)
 
@@ -311,6 +318,7 @@ def edm_times(
     Reference: Elucidating the Design Space of Diffusion-Based Generative Models, arXiv:2206.00364.
     """
     _check_steps(n)
+    check_known(lambda sigma: sigma > 0, "above 0", sigma_max=sigma_max, sigma_min=sigma_min)
     roots = jnp.linspace(jnp.power(sigma_max, 1 / rho), jnp.power(sigma_min, 1 / rho), n)
     return jnp.append(roots**rho, 0.0)
 

@@ -1,6 +1,7 @@
 """Sweeps: a grid of float hyperparameters trained as one vmapped program."""
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -44,12 +45,14 @@ def grid(hyper: Any, *, divisor: int = 1) -> Sweep:
       The members' values by field, and their labels.
 
     Raises:
-      UsageError: a field is empty, or the number of members is no multiple of `divisor`.
+      UsageError: a field is empty, has a value twice or NaN, or the number of members is no multiple of `divisor`.
     """
     fields = hyper if isinstance(hyper, Mapping) else vars(hyper)
     for name, values in fields.items():
         if not values:
             raise UsageError(f"--hyper.{name} needs at least one value")
+        if len(set(values)) < len(values) or any(map(math.isnan, values)):
+            raise UsageError(f"--hyper.{name} needs numbers, each of them once, got {' '.join(map(str, values))}")
     members = list(itertools.product(*fields.values()))
     if len(members) % divisor:
         raise UsageError(
@@ -57,7 +60,7 @@ def grid(hyper: Any, *, divisor: int = 1) -> Sweep:
         )
     varying = [name for name, values in fields.items() if len(values) > 1]
     labels = tuple(
-        " ".join(f"{name}={value:g}" for name, value in zip(fields, member, strict=True) if name in varying)
+        " ".join(f"{name}={_text(value)}" for name, value in zip(fields, member, strict=True) if name in varying)
         for member in members
     )
     columns = zip(*members, strict=True)
@@ -66,6 +69,11 @@ def grid(hyper: Any, *, divisor: int = 1) -> Sweep:
         for name, column in zip(fields, columns, strict=True)
     }
     return Sweep(values, labels)
+
+
+def _text(value: float) -> str:
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 def lift(function: Callable, sweep: Sweep, in_axes: tuple[int | None, ...]) -> Callable:

@@ -35,9 +35,9 @@ def soft_value(values: Array, beta: float | Array, axis: int = -1, where: Array 
       ValueError: values that are not floating.
     """
     check_floating(values=values)
+    where = True if where is None else jnp.asarray(where) != 0
+    counted = jnp.moveaxis(jnp.broadcast_to(where, values.shape), axis, -1)
     values = jnp.moveaxis(at_least_float32(values), axis, -1)
-    shape = jnp.shape(values)
-    counted = jnp.ones(shape, bool) if where is None else jnp.broadcast_to(jnp.moveaxis(where, axis, -1) != 0, shape)
     values = jnp.where(counted, values, -jnp.inf)
     count = jnp.maximum(counted.sum(-1), 1).astype(values.dtype)
     # At `beta = inf` the tilt does nothing, and `inf log(1)` would be NaN.

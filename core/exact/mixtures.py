@@ -81,6 +81,8 @@ class GaussianMixture(NamedTuple):
 
     def at(self, schedule: Schedule, t: Array) -> "GaussianMixture":
         """The law of `x_t`: means `alpha m_k`, covariances `alpha^2 S_k + sigma^2 I`; `t` is a scalar."""
+        if jnp.ndim(t):
+            raise ValueError(f"t must be a scalar, got shape {jnp.shape(t)}; map over times with jax.vmap")
         alpha, sigma = schedule.alpha(jnp.asarray(t)), schedule.sigma(jnp.asarray(t))
         identity = jnp.eye(self.means.shape[-1], dtype=self.means.dtype)
         return self._replace(means=alpha * self.means, covariances=alpha**2 * self.covariances + sigma**2 * identity)
@@ -116,8 +118,11 @@ class GaussianMixture(NamedTuple):
         """Law of `x_s` given one `x_t = x[D]`: components condition a joint Gaussian, weights are responsibilities."""
         at_s, at_t = self.at(schedule, s), self.at(schedule, t)
         ratio = schedule.alpha(jnp.asarray(t)) / schedule.alpha(jnp.asarray(s))
-        gain = ratio * jnp.swapaxes(jnp.linalg.solve(at_t.covariances, at_s.covariances), -1, -2)
-        covariances = at_s.covariances - ratio * gain @ at_s.covariances
+        kept = jnp.linalg.solve(at_t.covariances, at_s.covariances)
+        gain = ratio * jnp.swapaxes(kept, -1, -2)
+        # B - ratio^2 B C^-1 B for the covariances B at s and C at t; C = ratio^2 B + noise I, so that nothing cancels.
+        sigma_t, sigma_s = schedule.sigma(jnp.asarray(t)), ratio * schedule.sigma(jnp.asarray(s))
+        covariances = (sigma_t - sigma_s) * (sigma_t + sigma_s) * kept
         return GaussianMixture(
             log_weights=at_t.log_responsibilities(x[None])[0],
             means=at_s.means + jnp.einsum("kij,kj->ki", gain, x - at_t.means),

@@ -23,10 +23,22 @@ def test_sizes_that_do_not_fit_are_refused_in_one_line(sizes):
         meshes.make(**sizes)
 
 
-@pytest.mark.parametrize("text", ["date=8", "data", "data=0", "data=x", "data=-2"])
+@pytest.mark.parametrize("text", ["date=8", "data", "data=0", "data=x", "data=-2", "data=²"])
 def test_a_mistyped_mesh_is_named(text):
     with pytest.raises(UsageError, match=f"--mesh {text}: write axis=size"):
         meshes.parse(text)
+
+
+def test_an_axis_is_given_once():
+    with pytest.raises(UsageError, match=r"--mesh data=4: write axis=size, each axis of .* once"):
+        meshes.parse("data=2,data=4")
+
+
+def test_several_processes_use_all_their_devices(monkeypatch):
+    assert meshes.make(data=4).size == 4
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UsageError, match=r"data=4.* does not fit 8 device"):
+        meshes.make(data=4)
 
 
 def test_an_unknown_slice_is_refused():

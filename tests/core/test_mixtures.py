@@ -158,6 +158,28 @@ def test_reverse_kernel_is_bayes_rule(p):
     np.testing.assert_allclose(reverse + p.at(SCHEDULE, t).log_prob(x_t), joint, rtol=1e-9)
 
 
+@pytest.mark.parametrize(("t", "s"), [(0.002, 0.0), (1e-4, 0.0), (5e-3, 2e-3), (60.0, 1.0), (0.3, 0.3)])
+def test_reverse_kernel_keeps_its_digits_in_single_precision(t, s):
+    """The variance is `B - B^2 / C` of two numbers that agree in all digits near data."""
+    schedule, variances = schedules.edm(), np.array([100.0, 1.0, 1e-3])
+    low, t_low, s_low = jax.tree.map(jnp.float32, (one_dimensional([1.0, 1.0, 1.0], [0.0, 1.0, 2.0], variances), t, s))
+    law = low._reverse(jnp.zeros(1, jnp.float32), schedule, t_low, s_low)
+    t, s = float(t_low), float(s_low)
+    exact = (t**2 - s**2) * (variances + s**2) / (variances + t**2)
+    assert law.covariances.dtype == jnp.float32
+    np.testing.assert_allclose(law.covariances.ravel(), exact, rtol=1e-5)
+
+
+def test_one_time_serves_the_whole_batch(p):
+    for call in (
+        lambda t: p.at(SCHEDULE, t),
+        lambda t: p.soft_value(jnp.zeros((2, 1)), t, SCHEDULE, jnp.eye(1), jnp.ones(1), 1.0),
+        lambda t: p.reverse_kernel(SCHEDULE).sample(jax.random.key(0), jnp.zeros((2, 1)), t, 0.0),
+    ):
+        with pytest.raises(ValueError, match=r"t must be a scalar, got shape \(2,\)"):
+            call(jnp.array([0.1, 0.9]))
+
+
 @pytest.mark.parametrize("stops", [(0.0,), (0.7, 0.2, 0.0)])
 def test_reverse_kernel_reaches_the_data_law_in_any_number_of_steps(plane, stops):
     n, t = 20_000, 0.95

@@ -195,3 +195,21 @@ def test_fewer_than_one_step_is_rejected(n):
     for make in (*makers, lambda n: schedules.log_snr_times(n, schedules.cosine(), 0.9, 0.1)):
         with pytest.raises(ValueError, match=f"at least 1, got {n}"):
             make(n)
+
+
+def test_times_of_another_shape_than_the_batch_are_named():
+    x, schedule = jnp.zeros((3, 2)), schedules.cosine()
+    for t in (jnp.ones((3, 1)) / 2, jnp.ones(2) / 2):
+        with pytest.raises(ValueError, match=r"t must be a scalar or have shape \(3,\)"):
+            schedules.add_noise(x, x, t, schedule)
+        with pytest.raises(ValueError, match=r"t must be a scalar or have shape \(3,\)"):
+            schedules.convert(x, x, t, schedule, source="data", target="noise")
+
+
+def test_ends_without_a_finite_signal_to_noise_ratio_are_named():
+    with pytest.raises(ValueError, match=r"t_max must be a time with a signal-to-noise ratio above 0 .*, got 1.0"):
+        schedules.log_snr_times(4, schedules.cosine(), 1.0, 1e-3)
+    with pytest.raises(ValueError, match=r"t_min must be a time .*, got 0.0"):
+        schedules.log_snr_times(4, schedules.cosine(), 0.99, 0.0)
+    with pytest.raises(ValueError, match=r"sigma_min must be above 0, got -1"):
+        schedules.edm_times(4, sigma_min=-1)

@@ -44,6 +44,16 @@ def test_a_member_equals_the_single_run_with_its_values():
         np.testing.assert_allclose(together[index], sweeps.lift(run, single, (0, None))(single.values, x), rtol=1e-6)
 
 
+def test_labels_tell_values_apart_that_differ_late():
+    assert sweeps.grid({"lr": (1.0, 1.0000001)}).labels == ("lr=1", "lr=1.0000001")
+
+
+@pytest.mark.parametrize("values", [(0.1, 0.1), (float("nan"),)])
+def test_values_that_are_equal_or_none_are_refused(values):
+    with pytest.raises(UsageError, match=r"--hyper.lr needs numbers, each of them once, got"):
+        sweeps.grid({"lr": values})
+
+
 def test_members_that_do_not_split_over_the_devices_are_refused():
     with pytest.raises(UsageError, match="3 sweep members do not split over sweep=2"):
         sweeps.grid(Hyper(lr=(1.0, 2.0, 3.0)), divisor=2)

@@ -49,6 +49,12 @@ def test_axes_masks_and_temperatures_broadcast(x64):
     expected = [reference(row[keep != 0], b) for row, keep, b in zip(VALUES, where, beta, strict=True)]
     np.testing.assert_allclose(soft(hidden, beta, where=where), expected, rtol=1e-13)
     np.testing.assert_allclose(soft(hidden.T, beta, axis=0, where=where.T), expected, rtol=1e-13)
+    column, row = where[:, 2:3], where[:1]  # of fewer rows or columns, which stand for all
+    for part, axis in ((column, 0), (column, 1), (row, 0), (row, 1), (row[0], 0)):
+        whole = np.broadcast_to(part, VALUES.shape)
+        np.testing.assert_array_equal(
+            soft(VALUES, 0.7, axis=axis, where=part), soft(VALUES, 0.7, axis=axis, where=whole)
+        )
     assert np.isnan(soft(hidden, 1.0)[0])
 
 
