@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 __all__ = [
     "Reduce",
     "at_least_float32",
+    "at_least_int32",
     "cast_like",
     "check_floating",
     "check_groups",
@@ -62,6 +63,11 @@ def at_least_float32(x: Array) -> Array:
     """The array in float32, or in its own type if that is wider."""
     x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def at_least_int32(ids: Array) -> Array:
+    """Ids in a type that holds the size of any vocabulary: in 8 or 16 bits that size, or -1, may wrap to an id."""
+    return ids if ids.dtype.itemsize >= 4 else ids.astype(jnp.int32)
 
 
 def cast_like(tree: Any, like: Any) -> Any:

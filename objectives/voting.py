@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from esscher.core.arrays import at_least_float32, check_floating, check_same_shape
+from esscher.core.arrays import at_least_float32, check_floating, check_known, check_same_shape
 
 __all__ = ["Vote", "maj_at_k", "majority_vote", "pass_at_k", "weighted_majority_vote"]
 
@@ -50,7 +50,7 @@ def weighted_majority_vote(answers: Array, weights: Array, valid: Array) -> Vote
 
     Args:
       answers: ids, integers `[P, N]`.
-      weights: of each sample, `[P, N]`.
+      weights: of each sample, `[P, N]`; a sample without one, NaN, is not valid.
       valid: `[P, N]`, 0 where a sample gave no answer.
 
     Returns:
@@ -65,10 +65,11 @@ def weighted_majority_vote(answers: Array, weights: Array, valid: Array) -> Vote
     check_floating(weights=weights)
     if answers.ndim != 2 or not jnp.issubdtype(answers.dtype, jnp.integer):
         raise ValueError(f"answers must be integers [P, N], got {answers.dtype}{list(answers.shape)}")
-    valid = valid != 0
+    valid = (valid != 0) & ~jnp.isnan(weights)
     agree = (answers[:, :, None] == answers[:, None, :]) & valid[:, None, :]
     # Not a product of matrices: accelerators round the operands of one.
     votes = jnp.sum(jnp.where(agree, at_least_float32(weights)[:, None, :], 0), axis=-1)
+    votes = jnp.where(jnp.isnan(votes), -jnp.inf, votes)  # weights of inf and of -inf for one answer
     leads = valid & (votes == jnp.max(votes, axis=-1, where=valid, initial=-jnp.inf, keepdims=True))
     answer = jnp.take_along_axis(answers, jnp.argmax(leads, axis=-1)[:, None], axis=-1)
     index = jnp.argmax(valid & (answers == answer), axis=-1)
@@ -126,15 +127,16 @@ def maj_at_k(counts: Array, correct: Array, k: int) -> Array:
     static, because it sizes the polynomials.
 
     Args:
-      counts: how many samples gave each answer, integers `[..., A]`; 0 for answers that only fill up the array.
+      counts: how many samples gave each answer, integers at least 0, `[..., A]`; 0 for answers that only fill up the
+        array.
       correct: index of the right answer, integers `[...]`; elsewhere than in `0..A-1` if no sample gave it: then 0.
       k: number of votes, at least 1.
 
     Returns:
-      Probabilities `[...]` in float32 at least; NaN where there are fewer than `k` samples.
+      Probabilities `[...]` in float32 at least; NaN where there are fewer than `k` samples, or a count is below 0.
 
     Raises:
-      ValueError: shapes that do not fit, counts or indices that are not integers, `k < 1`.
+      ValueError: shapes that do not fit, counts or indices that are not integers, known counts below 0, `k < 1`.
 
     Reference: Self-Consistency Improves Chain of Thought Reasoning in Language Models, arXiv:2203.11171.
     """
@@ -145,6 +147,7 @@ def maj_at_k(counts: Array, correct: Array, k: int) -> Array:
         raise ValueError(f"correct must be {wanted}, got {correct.dtype}{list(correct.shape)}")
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
+    check_known(lambda counts: counts >= 0, "at least 0", counts=counts)
     return jnp.vectorize(functools.partial(_maj_at_k, k=k), signature="(a),()->()")(counts, correct)
 
 
@@ -177,7 +180,7 @@ def _maj_at_k(counts: Array, correct: Array, k: int) -> Array:
 
     total = jnp.exp(_log_binomial_law(n[None], drawn, k)[0, k])
     won = jax.lax.map(draws, jnp.arange(1, k + 1)).sum()
-    return jnp.where(k <= n, won / total, jnp.nan)
+    return jnp.where((k <= n) & (counts >= 0).all(), won / total, jnp.nan)
 
 
 def _log_binomial_law(counts: Array, probability: Array, k: int) -> Array:

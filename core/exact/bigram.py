@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from esscher.core.arrays import at_least_float32
+from esscher.core.arrays import at_least_float32, check_known
 from esscher.core.exact.tabular_lm import log_sum_exp, normalize_log_weights
 
 __all__ = ["TiltedBigram"]
@@ -27,9 +27,9 @@ class TiltedBigram(NamedTuple):
       start: log-probs of the first token, `[V]`.
       transitions: log-probs of the next token (second axis) given the last (first axis), `[V, V]`.
       scores: `u`, the reward of each token at each position over beta, `[T, V]`; may be `-inf`.
-      next_state: the automaton, integers `[Q, V]`.
+      next_state: the automaton, integers in `0..Q-1`, `[Q, V]`.
       accepting: booleans, `[Q]`.
-      first_state: before the first token, an integer scalar.
+      first_state: before the first token, an integer scalar in `0..Q-1`.
 
     Reference: Adaptable Logical Control for Large Language Models, arXiv:2406.13892.
     """
@@ -115,3 +115,5 @@ class TiltedBigram(NamedTuple):
                 raise ValueError(f"{name} must have shape {shape}, got {getattr(self, name).shape}")
         if not jnp.issubdtype(self.next_state.dtype, jnp.integer):
             raise ValueError(f"next_state must be integers, got {self.next_state.dtype}")
+        inside = lambda state: (state >= 0) & (state < states)  # noqa: E731
+        check_known(inside, f"in 0..{states - 1}", first_state=self.first_state, next_state=self.next_state)

@@ -13,9 +13,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from esscher.core.arrays import check_same_shape
+from esscher.core.arrays import check_known, check_same_shape, tempered
 from esscher.core.exact.tabular_lm import TabularLM, log_potential, log_sum_exp, normalize_log_weights
 
 __all__ = [
@@ -82,16 +83,35 @@ def filtered(model: TabularLM, transform: Callable[[Array], Array]) -> TabularLM
 
 
 def temperature(model: TabularLM, tau: float | Array) -> TabularLM:
-    """The law of sampling each token from `softmax(logits / tau)`: not `p^(1/tau)`, see `global_temperature`."""
-    return filtered(model, lambda log_probs: log_potential(log_probs, tau))
+    """The law of sampling each token from `softmax(logits / tau)`: not `p^(1/tau)`, see `global_temperature`.
+
+    At `tau = 0` it is that of greedy decoding; of equal tokens the first.
+
+    Raises:
+      ValueError: `tau` is known and below 0.
+    """
+    return filtered(model, lambda log_probs: _tempered(log_probs, tau))
 
 
 def global_temperature(model: TabularLM, tau: float | Array) -> TabularLM:
     """The law proportional to `p(x)^(1/tau)` on whole strings.
 
+    At `tau = 0` all mass is on the mode; of equal strings on the one with the lower code.
+
+    Raises:
+      ValueError: `tau` is known and below 0.
+
     Reference: Long Horizon Temperature Scaling, arXiv:2302.03686.
     """
-    return TabularLM.uniform(model.vocabulary, model.horizon).tilt(model.sequence_log_probs(), tau)
+    log_potentials = _tempered(model.sequence_log_probs(), tau)
+    return TabularLM.from_sequence_log_probs(log_potentials, model.vocabulary, model.horizon)
+
+
+def _tempered(log_probs: Array, tau: float | Array) -> Array:
+    """`tempered`, with no NaN in its derivatives where a log-prob is `-inf`."""
+    check_known(lambda tau: tau >= 0, "at least 0", tau=tau)
+    cold = jnp.asarray(tau) <= 0
+    return jnp.where(cold, tempered(log_probs, 0), log_potential(log_probs, jnp.where(cold, 1, tau)))
 
 
 def completable(model: TabularLM, allowed: Array) -> Array:
@@ -143,14 +163,14 @@ def best_of_n(model: TabularLM, reward: Array, n: int) -> Array:
 
     Args:
       model: `p`.
-      reward: `[V**T]`.
+      reward: `[V**T]`; if it is NaN for a string that `p` can produce, so is the law.
       n: number of samples, a Python integer.
 
     Returns:
       Log-probs, `[V**T]`.
 
     Raises:
-      ValueError: `n` is less than 1, or `reward` has not one entry for each string.
+      ValueError: `n` is not an integer or less than 1, or `reward` has not one entry for each string.
 
     Reference: Theoretical guarantees on the best-of-n alignment policy, arXiv:2401.01879.
     """
@@ -162,7 +182,8 @@ def best_of_n(model: TabularLM, reward: Array, n: int) -> Array:
     below, at_most = (mass_below[jnp.searchsorted(reward[order], reward, side=side)] for side in ("left", "right"))
     at_most = jnp.where(at_most > 0, at_most, 1)
     ratios = (below / at_most)[:, None] ** jnp.arange(n)
-    return log_p + (n - 1) * jnp.log(at_most) + jnp.log(ratios.sum(-1))
+    unordered = jnp.any(jnp.isnan(reward) & (log_p > -jnp.inf))  # a sort takes NaN for the largest
+    return jnp.where(unordered, jnp.nan, log_p + (n - 1) * jnp.log(at_most) + jnp.log(ratios.sum(-1)))
 
 
 def soft_best_of_n(model: TabularLM, reward: Array, beta: float | Array, n: int = 2) -> Array:
@@ -181,7 +202,7 @@ def soft_best_of_n(model: TabularLM, reward: Array, beta: float | Array, n: int 
       Log-probs, `[V**T]`.
 
     Raises:
-      ValueError: `n` is less than 1, or `reward` has not one entry for each string.
+      ValueError: `n` is not an integer or less than 1, or `reward` has not one entry for each string.
 
     Reference: Soft Best-of-n Sampling for Model Alignment, arXiv:2505.03156.
     """
@@ -219,14 +240,15 @@ def reservation_value(model: TabularLM, reward: Array, cost: float | Array) -> A
     Args:
       model: `p`.
       reward: `[V**T]`; may be `-inf`.
-      cost: of one sample, positive, a scalar.
+      cost: of one sample, at least 0, a scalar; at 0 the value is the largest reward.
 
     Raises:
-      ValueError: `reward` has not one entry for each string.
+      ValueError: `reward` has not one entry for each string, or `cost` is known and below 0.
 
     Reference: Adaptive Inference-Time Compute, arXiv:2410.02725.
     """
     model.check_per_sequence(reward=reward)
+    check_known(lambda cost: cost >= 0, "at least 0", cost=cost)
     log_p, reward = model.sequence_log_probs(), jnp.asarray(reward)
     order = jnp.argsort(-reward)
     reward, p = reward[order], jnp.exp(log_p)[order]
@@ -242,8 +264,8 @@ def _log_add(log_a: Array, log_b: Array) -> Array:
 
 
 def _check_samples(n: int) -> None:
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
+    if not isinstance(n, int | np.integer) or n < 1:
+        raise ValueError(f"n must be an integer of at least 1, got {n}")
 
 
 # --- search -----------------------------------------------------------------------------------------------------------

@@ -10,14 +10,14 @@ devices by vocabulary (up to 16 of them, a power of two) stays where it is: each
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from esscher.core.arrays import check_floating, check_targets
+from esscher.core.arrays import at_least_int32, check_floating, check_targets
 
 __all__ = ["TokenStatistics", "linear_token_kl", "linear_token_logps", "linear_token_statistics"]
 
@@ -42,26 +42,28 @@ def linear_token_logps(
     r"""Log-probability of each target, `z[target] - logsumexp(z)` with `z = cap(hidden @ unembedding) / temperature`.
 
     Equal to `token_logps(hidden @ unembedding, targets)` in value and gradient, in the memory of one chunk of logits.
-    The gradient reaches `hidden` and `unembedding`; temperature and soft cap are constants.
+    The gradient reaches `hidden` and `unembedding`; temperature and soft cap are constants. Gradients can be
+    differentiated again, but in reverse mode alone: `jax.jvp`, and so `jax.hessian`, raise JAX's TypeError.
 
     Args:
       hidden: `[B, T, D]` (or any leading axes), the last hidden states after the final norm.
       unembedding: `[D, V]`.
       targets: integers, `[B, T]`; outside the vocabulary the result is NaN.
       chunk: vocabulary entries at a time.
-      temperature: divides the logits.
-      softcap: if given, logits become `softcap tanh(logits / softcap)` before the temperature.
+      temperature: divides the logits, a scalar.
+      softcap: if given, logits become `softcap tanh(logits / softcap)` before the temperature; a scalar.
 
     Returns:
       `[B, T]`, float32 at least.
 
     Raises:
-      ValueError: shapes that do not fit, hidden states that are not floating, targets that are not integers.
+      ValueError: shapes that do not fit, hidden states that are not floating, targets that are not integers, a
+        temperature or soft cap that is not a scalar.
 
     Reference: The Two-Pass Softmax Algorithm, arXiv:2001.04438.
     """
     check_targets(targets, hidden=hidden)
-    sums = _statistics(_LOGP, ((hidden, unembedding),), targets, chunk, temperature, softcap)
+    sums = _statistics(_LOGP, ((hidden, unembedding),), targets, chunk, temperature, softcap=softcap)
     return _fill_invalid(sums.target - jnp.log(sums.mass), targets, unembedding)
 
 
@@ -81,7 +83,7 @@ def linear_token_statistics(
     Reference: WPO: Enhancing RLHF with Weighted Preference Optimization, arXiv:2406.11827.
     """
     check_targets(targets, hidden=hidden)
-    sums = _statistics(_ALL, ((hidden, unembedding),), targets, chunk, temperature, softcap)
+    sums = _statistics(_ALL, ((hidden, unembedding),), targets, chunk, temperature, softcap=softcap)
     log_mass = jnp.log(sums.mass)
     return TokenStatistics(
         logp=_fill_invalid(sums.target - log_mass, targets, unembedding),
@@ -99,10 +101,12 @@ def linear_token_kl(
     chunk: int = 2048,
     temperature: float | Array = 1.0,
     softcap: float | Array | None = None,
+    other_softcap: float | Array | Literal["same"] | None = "same",
 ) -> Array:
     """Divergence `KL(p || q)` of the next-token laws of two models over one vocabulary, at each position.
 
-    The gradient reaches all four arrays; stop that of the teacher or the reference yourself.
+    The gradient reaches all four arrays, in reverse mode as in `linear_token_logps`; stop that of the teacher or the
+    reference yourself.
 
     Args:
       hidden: of `p`, `[B, T, D]`.
@@ -110,14 +114,16 @@ def linear_token_kl(
       other_hidden: of `q`, `[B, T, D']`.
       other_unembedding: of `q`, `[D', V]`.
       chunk: vocabulary entries at a time.
-      temperature: divides both models' logits.
-      softcap: of both models' logits, as in `linear_token_logps`.
+      temperature: divides both models' logits, a scalar.
+      softcap: of the logits of `p`, as in `linear_token_logps`.
+      other_softcap: of those of `q`; "same" is the `softcap` of `p`, None is none.
 
     Returns:
       `[B, T]` in nats, float32 at least.
 
     Raises:
-      ValueError: shapes that do not fit, hidden states that are not floating.
+      ValueError: shapes that do not fit, hidden states that are not floating, a temperature or soft cap that is not a
+        scalar.
 
     Reference: Token-level Direct Preference Optimization, arXiv:2404.11999.
     """
@@ -132,11 +138,16 @@ def linear_token_kl(
         )
     pairs = ((hidden, unembedding), (other_hidden, other_unembedding))
     targets = jnp.zeros(hidden.shape[:-1], jnp.int32)
-    sums = _statistics(_KL, pairs, targets, chunk, temperature, softcap)
+    if isinstance(other_softcap, str):
+        if other_softcap != "same":
+            raise ValueError(f'other_softcap must be a number, None or "same", got {other_softcap!r}')
+        other_softcap = softcap
+    sums = _statistics(_KL, pairs, targets, chunk, temperature, softcap=softcap, other_softcap=other_softcap)
     return sums.difference / sums.mass - jnp.log(sums.mass) + jnp.log(sums.other_mass)
 
 
 def _fill_invalid(logp: Array, targets: Array, unembedding: Array) -> Array:
+    targets = at_least_int32(targets)
     return jnp.where((targets >= 0) & (targets < unembedding.shape[-1]), logp, jnp.nan)
 
 
@@ -221,26 +232,32 @@ def _statistics(
     targets: Array,
     chunk: int,
     temperature: float | Array,
-    softcap: float | Array | None,
+    **softcaps: float | Array | None,
 ) -> Any:
-    """The sums of a reduction for each `(hidden, unembedding)`, shaped like the targets."""
+    """The sums of a reduction for each `(hidden, unembedding)` with its soft cap, shaped like the targets."""
     for model, (hidden, unembedding) in zip(("", "other_"), pairs, strict=False):
         check_floating(**{f"{model}hidden": hidden, f"{model}unembedding": unembedding})
         if unembedding.ndim != 2 or hidden.shape[-1] != unembedding.shape[0]:
             raise ValueError(f"{model}unembedding must have shape [{hidden.shape[-1]}, V], got {unembedding.shape}")
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
+    for name, value in {"temperature": temperature, **softcaps}.items():
+        if value is not None and jnp.ndim(value):
+            raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(value)}")
     flat = tuple((hidden.reshape(-1, hidden.shape[-1]), unembedding) for hidden, unembedding in pairs)
-    constants = jax.tree.map(jnp.asarray, (temperature, softcap))
+    # In the type of the logits: a wider one would widen what the scan carries.
+    dtype = _precise(*jax.tree.leaves(flat))
+    constants = jax.tree.map(lambda x: jnp.asarray(x, dtype), (temperature, tuple(softcaps.values())))
     sums, _ = _reduce(reduction, chunk, flat, targets.reshape(-1), *constants)
     return jax.tree.map(lambda x: x.reshape(targets.shape), sums)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _reduce(reduction, chunk, pairs, targets, temperature, softcap):
+def _reduce(reduction, chunk, pairs, targets, temperature, softcaps):
     def visit(carry, columns, ids):
         sums, maxima = carry
-        logits = [_shape(_product(h, w), temperature, softcap) for (h, _), w in zip(pairs, columns, strict=True)]
+        raw = [_product(h, w) for (h, _), w in zip(pairs, columns, strict=True)]
+        logits = _shape(raw, temperature, softcaps)
         risen = tuple(jnp.maximum(m, z.max(-1)) for m, z in zip(maxima, logits, strict=True))
         sums = reduction.rescale(sums, tuple(old - new for old, new in zip(maxima, risen, strict=True)))
         added = reduction.chunk(_below(logits, risen), ids == targets[:, None])
@@ -253,21 +270,20 @@ def _reduce(reduction, chunk, pairs, targets, temperature, softcap):
     return _fold(visit, (sums, maxima), tuple(w for _, w in pairs), chunk)[0]
 
 
-def _reduce_forward(reduction, chunk, pairs, targets, temperature, softcap):
-    sums, maxima = _reduce(reduction, chunk, pairs, targets, temperature, softcap)
-    return (sums, maxima), (maxima, pairs, targets, temperature, softcap)
+def _reduce_forward(reduction, chunk, pairs, targets, temperature, softcaps):
+    sums, maxima = _reduce(reduction, chunk, pairs, targets, temperature, softcaps)
+    return (sums, maxima), (maxima, pairs, targets, temperature, softcaps)
 
 
 def _reduce_backward(reduction, chunk, kept, cotangents):
     # The maxima are held fixed: what is made of the sums does not depend on them.
-    maxima, pairs, targets, temperature, softcap = kept
+    maxima, pairs, targets, temperature, softcaps = kept
 
     def visit(gradients, columns, ids):
         raw = tuple(_product(h, w) for (h, _), w in zip(pairs, columns, strict=True))
 
         def sums_of(raw):
-            logits = [_shape(z, temperature, softcap) for z in raw]
-            return reduction.chunk(_below(logits, maxima), ids == targets[:, None])
+            return reduction.chunk(_below(_shape(raw, temperature, softcaps), maxima), ids == targets[:, None])
 
         (errors,) = jax.vjp(sums_of, raw)[1](cotangents[0])
         # In the precision of the operands, like the gradient of an ordinary product.
@@ -279,7 +295,7 @@ def _reduce_backward(reduction, chunk, kept, cotangents):
     hidden = tuple(jnp.zeros(h.shape, _precise(h)) for h, _ in pairs)
     hidden, slices = _fold(visit, hidden, unembeddings, chunk, unembeddings)
     gradients = tuple((g.astype(h.dtype), dw) for (h, _), g, dw in zip(pairs, hidden, slices, strict=True))
-    return gradients, np.zeros(targets.shape, jax.dtypes.float0), *jax.tree.map(jnp.zeros_like, (temperature, softcap))
+    return gradients, np.zeros(targets.shape, jax.dtypes.float0), *jax.tree.map(jnp.zeros_like, (temperature, softcaps))
 
 
 _reduce.defvjp(_reduce_forward, _reduce_backward)
@@ -322,10 +338,9 @@ def _precise(*arrays: Array) -> jnp.dtype:
     return functools.reduce(jnp.promote_types, (a.dtype for a in arrays), jnp.float32)
 
 
-def _shape(logits: Array, temperature: float | Array, softcap: float | Array | None) -> Array:
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
-    return logits / temperature
+def _shape(raw: Sequence[Array], temperature: Array, softcaps: Sequence[Array | None]) -> list[Array]:
+    capped = [z if cap is None else cap * jnp.tanh(z / cap) for z, cap in zip(raw, softcaps, strict=True)]
+    return [z / temperature for z in capped]
 
 
 def _below(logits: Sequence[Array], maxima: Sequence[Array]) -> tuple[Array, ...]:

@@ -4,7 +4,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from esscher.core.arrays import at_least_float32, check_floating, check_same_shape, check_targets
+from esscher.core.arrays import (
+    at_least_float32,
+    at_least_int32,
+    check_floating,
+    check_same_shape,
+    check_targets,
+    expand_like,
+)
 
 __all__ = ["sequence_logp", "shared_prefix_sequence_logp", "token_entropy", "token_logps"]
 
@@ -24,6 +31,7 @@ def token_logps(logits: Array, targets: Array) -> Array:
     """
     check_floating(logits=logits)
     check_targets(targets, logits=logits)
+    targets = at_least_int32(targets)
     targets = jnp.where(targets < 0, logits.shape[-1], targets)  # a negative index would count from the end
     taken = jnp.take_along_axis(logits, targets[..., None], axis=-1, mode="fill", fill_value=jnp.nan)[..., 0]
     return at_least_float32(taken) - jax.nn.logsumexp(at_least_float32(logits), axis=-1)
@@ -75,7 +83,7 @@ def shared_prefix_sequence_logp(logp: Array, mask: Array, shared_length: Array, 
       logp: of each token, `[B, T]`.
       mask: `[B, T]`, 0 where a token does not count.
       shared_length: `[B]`.
-      alpha: 1 is `sequence_logp`, 0 cuts every sequence to the shared length.
+      alpha: 1 is `sequence_logp`, 0 cuts every sequence to the shared length, whatever lies beyond; a scalar or `[B]`.
 
     Returns:
       `[B]`, float32 at least.
@@ -85,8 +93,12 @@ def shared_prefix_sequence_logp(logp: Array, mask: Array, shared_length: Array, 
 
     Reference: Length Desensitization in Direct Preference Optimization, arXiv:2409.06411.
     """
+    check_floating(logp=logp)
     check_same_shape(logp=logp, mask=mask)
     if shared_length.shape != logp.shape[:-1]:
         raise ValueError(f"shared_length must have shape {logp.shape[:-1]}, got {shared_length.shape}")
+    alpha = expand_like(alpha, logp)
     shared = jnp.cumsum(mask != 0, axis=-1) <= shared_length[..., None]
-    return (1 - alpha) * sequence_logp(logp, mask * shared) + alpha * sequence_logp(logp, mask)
+    cut = ~shared & (alpha == 0) & ~jnp.isfinite(logp)  # finite ones stay, for the derivative in alpha
+    kept = jnp.where((mask != 0) & ~cut, at_least_float32(logp), 0)
+    return jnp.sum(jnp.where(shared, 1, alpha) * kept, axis=-1)

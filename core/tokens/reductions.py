@@ -4,13 +4,13 @@ A mask is an array of the values' shape, 0 where an entry does not count. What s
 influence and gets no gradient. Everything is in float32 at least.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from esscher.core.arrays import at_least_float32, check_floating, check_same_shape
+from esscher.core.arrays import at_least_float32, check_floating, check_known, check_same_shape
 
 __all__ = ["How", "aggregate", "masked_mean", "masked_quantile", "masked_rank", "masked_var", "masked_whiten"]
 
@@ -72,12 +72,16 @@ def masked_whiten(
 def masked_quantile(values: Array, mask: Array, q: float | Array) -> Array:
     """The `q`-quantile of the entries kept along the last axis, `[..., N] -> [...]`; 0 where none is kept.
 
-    Between two order statistics it is interpolated linearly, like NumPy's default. `q` is a scalar, may be traced.
+    Between two order statistics it is interpolated linearly, like NumPy's default. `q` is a scalar, may be traced;
+    outside of `[0, 1]` the result is NaN.
 
     Raises:
-      ValueError: shapes that differ, values that are not floating.
+      ValueError: shapes that differ, values that are not floating, a `q` that is not a scalar.
     """
     kept, valid = _keep(values, mask)
+    if jnp.ndim(q):
+        raise ValueError(f"q must be a scalar, got shape {jnp.shape(q)}")
+    q = jnp.where((q >= 0) & (q <= 1), q, jnp.nan)
     count = valid.sum(-1, keepdims=True)
     position = q * jnp.maximum(count - 1, 0)
     below = jnp.floor(position)
@@ -119,29 +123,34 @@ def aggregate(
         constant                 sum_bt m x                               B length
 
     The denominator depends on the mask alone. Add numerators (or their gradients) and denominators over micro-batches
-    and devices and divide the sums: the result is then the same however the batch was split. The first four are the
-    modes of those names in verl, TRL ("dapo" is the first, "grpo" the second) and Tunix. "constant" with the longest
-    completion as `length` is Dr. GRPO (TRL: "dr_grpo"); verl's "seq-mean-token-sum-norm" is `B` times that, and
-    Tunix's "sequence-mean-token-scale" is the third with values divided by the length.
+    and devices and divide the sums: the result is then the same however the batch was split. The first three are modes
+    of verl and Tunix, which calls the second "sequence-mean-token-mean"; the fourth is in neither, nor in TRL, which
+    has the first as "dapo" and the numerators of the next two as "grpo" and "luspo", over all `B` rows: divide by `B`
+    instead of the denominator. "constant" with the longest completion as `length` is Dr. GRPO (TRL: "dr_grpo"); verl's
+    "seq-mean-token-sum-norm" is `B` times that, and Tunix's "sequence-mean-token-scale" is the third with values
+    divided by the length.
 
     Args:
       values: of each token, `[B, T]`.
       mask: `[B, T]`.
       how: see above.
-      length: of "constant".
+      length: of "constant", above 0.
       group_size: of "group-mean-token-mean": that many consecutive rows are a group.
 
     Returns:
       Numerator and denominator, `[]` each.
 
     Raises:
-      ValueError: shapes that differ or are not `[B, T]`, an unknown `how`, or its argument missing or not its own.
+      ValueError: shapes that differ or are not `[B, T]`, an unknown `how`, its argument missing or not its own, a
+        `group_size` below 1 or that does not divide `B`, a known `length` of 0 or below.
 
     Reference: DAPO: An Open-Source LLM Reinforcement Learning System at Scale, arXiv:2503.14476.
     """
     kept, valid = _keep(values, mask)
     if values.ndim != 2:
         raise ValueError(f"values must have shape [B, T], got {values.shape}")
+    if how not in get_args(How):
+        raise ValueError(f"how must be one of {', '.join(get_args(How))}, got {how!r}")
     if (length is None) == (how == "constant"):
         raise ValueError(f'length must be given for how="constant" and nothing else, got length={length}, how={how!r}')
     if (group_size is None) == (how == "group-mean-token-mean"):
@@ -149,7 +158,11 @@ def aggregate(
             'group_size must be given for how="group-mean-token-mean" and nothing else, '
             f"got group_size={group_size}, how={how!r}"
         )
+    if length is not None:
+        check_known(lambda length: length > 0, "above 0", length=length)
     if group_size is not None:
+        if group_size < 1:
+            raise ValueError(f"group_size must be at least 1, got {group_size}")
         if values.shape[0] % group_size:
             raise ValueError(f"values must have a multiple of group_size={group_size} rows, got {values.shape[0]}")
         kept, valid = (x.reshape(-1, group_size * x.shape[1]) for x in (kept, valid))
@@ -162,9 +175,7 @@ def aggregate(
             return (sums / jnp.maximum(counts, 1)).sum(), rows
         case "seq-mean-token-sum":
             return sums.sum(), rows
-        case "constant":
-            return sums.sum(), jnp.asarray(values.shape[0] * length, kept.dtype)
-    raise ValueError(f"how must be one of {', '.join(How.__args__)}, got {how!r}")
+    return sums.sum(), jnp.asarray(values.shape[0] * length, kept.dtype)
 
 
 def _keep(values: Array, mask: Array) -> tuple[Array, Array]:

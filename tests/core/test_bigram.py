@@ -119,12 +119,15 @@ def test_jit_vmap_over_beta_and_single_precision(law):
     np.testing.assert_allclose(out, law.log_z(), rtol=1e-5)
 
 
-def test_wrong_shapes_are_named(law):
+def test_wrong_shapes_and_states_are_named(law):
     for name, wrong, message in (
         ("transitions", jnp.zeros((2, 3)), r"transitions must have shape \(3, 3\), got \(2, 3\)"),
         ("scores", jnp.zeros((4, 2)), r"scores must have shape \(4, 3\), got \(4, 2\)"),
         ("next_state", TWO_TWOS[:2], r"next_state must have shape \(4, 3\), got \(2, 3\)"),
         ("next_state", TWO_TWOS * 1.0, "next_state must be integers, got float64"),
+        ("next_state", TWO_TWOS + 1, r"next_state must be in 0\.\.3, got \[\[1"),
+        ("first_state", 7, r"first_state must be in 0\.\.3, got 7"),
+        ("first_state", -1, r"first_state must be in 0\.\.3, got -1"),
     ):
         with pytest.raises(ValueError, match=message):
             law._replace(**{name: wrong}).log_z()

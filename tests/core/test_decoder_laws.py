@@ -223,41 +223,23 @@ def test_temperatures_are_their_definitions(testbed, log_p):
     assert np.isfinite(jax.grad(lambda tau: laws.temperature(filtered, tau).log_probs[0, 0])(tau))
 
 
+def test_at_temperature_zero_they_are_greedy_and_the_mode(testbed, log_p):
+    model = testbed[0]
+    for cool, string in (
+        (laws.temperature, laws.greedy_sequence(model)),
+        (laws.global_temperature, model.sequences()[jnp.argmax(log_p)]),
+    ):
+        law = jnp.exp(jax.jit(lambda tau, cool=cool: cool(model, tau).sequence_log_probs())(0.0))
+        np.testing.assert_array_equal(law, (model.sequences() == string).all(-1))
+        np.testing.assert_allclose(law, jnp.exp(cool(model, 1e-4).sequence_log_probs()), atol=1e-12)
+        with pytest.raises(ValueError, match="tau must be at least 0, got -1"):
+            cool(model, -1.0)
+    filtered = laws.filtered(model, top_p)
+    slope = jax.grad(lambda tau: laws.global_temperature(filtered, tau).log_probs[0, 0])(0.7)
+    assert np.isfinite(slope)
+
+
 # --- selection among samples ------------------------------------------------------------------------------------------
-
-
-def small():
-    """Four strings, two of them with the same reward."""
-    table = jax.nn.log_softmax(jax.random.normal(jax.random.key(4), (3, 2)))
-    return TabularLM(table, 2), jnp.array([0.5, -1.0, 0.5, 2.0])
-
-
-@pytest.mark.parametrize("n", [1, 2, 3])
-def test_best_of_n_enumerated(n):
-    model, reward = small()
-    p, r = np.exp(model.sequence_log_probs()), np.asarray(reward)
-    at_random, by_order = np.zeros(4), np.zeros(4)
-    for drawn in itertools.product(range(4), repeat=n):
-        best = [x for x in drawn if r[x] == r[list(drawn)].max()]
-        np.add.at(at_random, best, p[list(drawn)].prod() / len(best))
-        by_order[best[0]] += p[list(drawn)].prod()
-    out = jnp.exp(laws.best_of_n(model, reward, n))
-    np.testing.assert_allclose(out, by_order, rtol=1e-12)
-    np.testing.assert_allclose(out, at_random, rtol=1e-12)
-
-
-@pytest.mark.parametrize("n", [1, 2, 3])
-@pytest.mark.parametrize("forbidden", [False, True])
-def test_soft_best_of_n_enumerated(n, forbidden):
-    model, reward = small()
-    reward = reward.at[0].set(-jnp.inf) if forbidden else reward
-    p, w = np.exp(model.sequence_log_probs()), np.exp(np.asarray(reward) / BETA)
-    expected = np.zeros(4)
-    for drawn in itertools.product(range(4), repeat=n):
-        for x in drawn:
-            total = w[list(drawn)].sum()
-            expected[x] += p[list(drawn)].prod() * (w[x] / total if total else 1 / n)
-    np.testing.assert_allclose(jnp.exp(laws.soft_best_of_n(model, reward, BETA, n)), expected, rtol=1e-12)
 
 
 def test_the_divergence_of_best_of_n_is_below_its_bound(testbed, log_p):
@@ -292,6 +274,7 @@ def test_reservation_value_solves_its_equation(cost, testbed, log_p):
     model, reward = testbed
     value = laws.reservation_value(model, reward, cost)
     np.testing.assert_allclose(expectation(log_p, jnp.maximum(reward - value, 0)), cost, rtol=1e-9)
+    np.testing.assert_allclose(laws.reservation_value(model, reward, 0.0), reward.max(), rtol=1e-12)
     forbidden = jnp.where(reward < -1.4, -jnp.inf, reward)
     value, slope = jax.value_and_grad(lambda r: laws.reservation_value(model, r, 0.05))(forbidden)
     np.testing.assert_allclose(expectation(log_p, jnp.maximum(forbidden - value, 0)), 0.05, rtol=1e-9)
@@ -381,8 +364,10 @@ def test_bad_arguments_are_named(testbed):
         (lambda: laws.soft_best_of_n(model, short, BETA), wrong_reward),
         (lambda: laws.rejection_acceptance(model, short, BETA), wrong_reward),
         (lambda: laws.reservation_value(model, short, 0.1), wrong_reward),
-        (lambda: laws.best_of_n(model, reward, 0), "n must be at least 1, got 0"),
-        (lambda: laws.soft_best_of_n(model, reward, BETA, 0), "n must be at least 1, got 0"),
+        (lambda: laws.reservation_value(model, reward, -0.1), "cost must be at least 0, got -0.1"),
+        (lambda: laws.best_of_n(model, reward, 0), "n must be an integer of at least 1, got 0"),
+        (lambda: laws.best_of_n(model, reward, 2.5), "n must be an integer of at least 1, got 2.5"),
+        (lambda: laws.soft_best_of_n(model, reward, BETA, 0), "n must be an integer of at least 1, got 0"),
         (lambda: laws.beam_sequence(model, 0), "width must be at least 1, got 0"),
         (lambda: laws.kl(reward, short), r"log_q \(81,\), log_p \(80,\)"),
         (lambda: laws.log_importance_weights(reward, reward, short), r"log_g \(80,\)"),

@@ -102,6 +102,22 @@ def test_in_float32_they_agree_to_its_precision(settings):
     assert_close(ours, with_gradients(dense, x, targets, **settings), 1e-5)
 
 
+def test_each_model_has_its_own_soft_cap():
+    x = operands(37)
+    for cap, other in ((3.0, None), (None, 2.0), (3.0, 2.0)):
+        p, q = dense_laws(*x[:2], 0.7, cap), dense_laws(*x[2:], 0.7, other)
+        out = tokens.linear_token_kl(*x, chunk=10, temperature=0.7, softcap=cap, other_softcap=other)
+        assert_close(out, jnp.sum(jnp.exp(p) * (p - q), -1), 1e-5)
+
+
+def test_wide_settings_leave_the_logits_in_their_type(x64):
+    x, targets = operands(37, jnp.float32), targets_below(37)
+    wide = {"temperature": np.float64(0.7), "softcap": jnp.asarray(3.0, jnp.float64)}
+    out = tokens.linear_token_logps(*x[:2], targets, chunk=10, **wide)
+    assert out.dtype == jnp.float32
+    assert_close(out, dense(x, targets, **WARM)[0], 1e-5)
+
+
 def test_bfloat16_operands_are_multiplied_and_summed_in_float32():
     x, targets = operands(96, jnp.bfloat16), targets_below(96)
     values, gradients = with_gradients(chunked, x, targets, chunk=32)
@@ -124,6 +140,8 @@ def test_second_derivatives_are_those_of_the_whole_table(x64):
         return jax.jit(jax.grad(slope))(x)
 
     assert_close(hessian_product(chunked, chunk=10), hessian_product(dense), 1e-10)
+    with pytest.raises(TypeError, match="custom_vjp"):  # as the docstring says
+        jax.jvp(lambda hidden: tokens.linear_token_logps(hidden, x.unembedding, targets), x[:1], along[:1])
 
 
 def test_extreme_logits_give_exact_values_and_finite_gradients():
@@ -256,9 +274,16 @@ def test_what_does_not_fit_is_named():
             function(hidden.astype(jnp.int32), unembedding, targets)
         with pytest.raises(ValueError, match="chunk must be at least 1, got 0"):
             function(hidden, unembedding, targets, chunk=0)
+        for name, shape in (("temperature", (7,)), ("temperature", (2, 3)), ("softcap", (2,))):
+            with pytest.raises(ValueError, match=re.escape(f"{name} must be a scalar, got shape {shape}")):
+                function(hidden, unembedding, targets, **{name: jnp.ones(shape)})
     kl = functools.partial(tokens.linear_token_kl, hidden, unembedding)
     with pytest.raises(ValueError, match=r"hidden and other_hidden must agree .*: \(2, 3, 4\), \(3, 4\)"):
         kl(hidden[0], unembedding)
+    with pytest.raises(ValueError, match=r"other_softcap must be a scalar, got shape \(7,\)"):
+        kl(hidden, unembedding, other_softcap=jnp.ones(7))
+    with pytest.raises(ValueError, match="other_softcap must be a number, None or \"same\", got 'none'"):
+        kl(hidden, unembedding, other_softcap="none")
     with pytest.raises(ValueError, match="other_unembedding must have the vocabulary of unembedding, 7, got 6"):
         kl(hidden, unembedding[:, :6])
     with pytest.raises(ValueError, match=r"other_unembedding must have shape \[4, V\], got \(3, 7\)"):

@@ -42,6 +42,18 @@ def test_token_logps_of_forbidden_tokens_and_of_targets_that_do_not_exist():
     np.testing.assert_allclose(out, [np.log(0.25), -np.inf, np.log(0.75), np.nan, np.nan], rtol=1e-6)
 
 
+@pytest.mark.parametrize(("dtype", "vocabulary"), [(np.int8, 300), (np.uint8, 300), (np.int16, 50_257)])
+def test_targets_of_few_bits_are_not_mistaken_for_others(dtype, vocabulary):
+    """The vocabulary's size, or -1, would wrap to an id in their type."""
+    logits = jnp.sin(jnp.arange(4.0 * vocabulary)).reshape(4, vocabulary)
+    targets = np.array([0, 47, 100, -1]).astype(dtype)
+    expected = tokens.token_logps(logits, targets.astype(np.int32))
+    np.testing.assert_array_equal(tokens.token_logps(logits, targets), expected)
+    np.testing.assert_array_equal(np.isnan(expected), targets < 0)
+    linear = tokens.linear_token_logps(logits[:, :1], jnp.ones((1, vocabulary)), targets)
+    np.testing.assert_array_equal(np.isnan(linear), targets < 0)
+
+
 def test_low_precision_logits_are_summed_in_float32():
     logits = jnp.zeros((1, 5000), jnp.bfloat16)
     out = tokens.token_logps(logits, jnp.array([4]))
@@ -77,6 +89,20 @@ def test_shared_prefix_weighs_what_lies_beyond_it():
     whole = MASK.sum(-1)
     out = tokens.shared_prefix_sequence_logp(POISONED, MASK, whole, 0.2)
     np.testing.assert_allclose(out, ends[1], rtol=1e-5)  # a pair of equal lengths: the same for every alpha
+
+
+def test_a_shared_prefix_alone_does_not_see_what_lies_beyond_it():
+    logp, mask, shared = (
+        jnp.array([[-1.0, -jnp.inf], [-1.0, jnp.nan], [-1, -2]]),
+        jnp.ones((3, 2)),
+        jnp.array([1, 1, 1]),
+    )
+    score = lambda logp, alpha: tokens.shared_prefix_sequence_logp(logp, mask, shared, alpha)  # noqa: E731
+    np.testing.assert_array_equal(score(logp, 0.0), [-1, -1, -1])
+    np.testing.assert_array_equal(score(logp, jnp.array([1.0, 0.0, 0.5])), [-np.inf, -1, -2])  # one for each sequence
+    slopes = jax.grad(lambda *x: score(*x).sum(), (0, 1))(logp, 0.0)
+    np.testing.assert_array_equal(slopes[0], [[1, 0]] * 3)
+    assert slopes[1] == -2  # of the finite tail
 
 
 def test_errors_of_log_probabilities():
@@ -145,6 +171,13 @@ def test_masked_quantile_of_infinite_entries_that_count():
     values, mask = jnp.array([3.0, jnp.inf, 1.0, 2.0]), jnp.array([1, 1, 1, 0])
     out = jax.vmap(tokens.masked_quantile, (None, None, 0))(values, mask, jnp.array([0.25, 0.75]))
     np.testing.assert_array_equal(out, [2, np.inf])
+
+
+def test_masked_quantile_outside_of_all_levels_is_nan():
+    out = jax.vmap(tokens.masked_quantile, (None, None, 0))(POISONED, MASK, jnp.array([-0.2, 1.5, jnp.nan]))
+    assert np.isnan(out).all()
+    with pytest.raises(ValueError, match=r"q must be a scalar, got shape \(6,\)"):
+        tokens.masked_quantile(POISONED, MASK, jnp.full(6, 0.5))
 
 
 def test_masked_rank_is_the_place_in_a_sort():
@@ -239,7 +272,7 @@ def test_the_denominator_has_no_gradient_and_masked_tokens_have_none():
 def test_errors_of_aggregate():
     aggregate = functools.partial(tokens.aggregate, LOGP, VALID)
     with pytest.raises(ValueError, match=r"how must be one of token-mean, .*, constant, got 'mean'"):
-        aggregate("mean")
+        aggregate("mean", length=4)
     with pytest.raises(ValueError, match='length must be given for how="constant" and nothing else, got length=None'):
         aggregate("constant")
     with pytest.raises(ValueError, match=r"length must be given .* got length=4, how='token-mean'"):
@@ -248,6 +281,11 @@ def test_errors_of_aggregate():
         aggregate("group-mean-token-mean")
     with pytest.raises(ValueError, match=r"group_size must be given .* got group_size=2, how='seq-mean-token-sum'"):
         aggregate("seq-mean-token-sum", group_size=2)
+    for length in (0, np.array(-1.0)):
+        with pytest.raises(ValueError, match="length must be above 0, got"):
+            aggregate("constant", length=length)
+    with pytest.raises(ValueError, match="group_size must be at least 1, got 0"):
+        aggregate("group-mean-token-mean", group_size=0)
     with pytest.raises(ValueError, match="a multiple of group_size=3 rows, got 4"):
         aggregate("group-mean-token-mean", group_size=3)
     with pytest.raises(ValueError, match=r"values must have shape \[B, T\], got \(4,\)"):
@@ -290,6 +328,22 @@ def test_ends_and_positions_are_those_of_a_loop():
             assert ends[b, t] == (segment >= 0 and t == members[-1])
             assert segment < 0 or positions[b, t] == t - members[0]
     np.testing.assert_array_equal(positions[2], np.arange(7))
+
+
+def test_an_interrupted_segment_ends_once():
+    segments = jnp.array([[0, 0, -1, 0, 1, 1], [2, 0, 2, 0, -1, 2]])
+    ends = jax.jit(tokens.segment_ends)(segments)
+    np.testing.assert_array_equal(ends, [[0, 0, 0, 1, 0, 1], [0, 0, 0, 1, 0, 1]])
+    steps = jnp.array([[1.0, 2.0, 9.0], [1.0, 9.0, 3.0]])
+    np.testing.assert_array_equal(tokens.segment_scatter(steps, segments), [[0, 0, 0, 1, 0, 2], [0, 0, 0, 1, 0, 3]])
+    np.testing.assert_array_equal(tokens.segment_positions(segments)[0], [0, 1, 0, 0, 0, 1])
+
+
+def test_segments_numbered_in_few_bits_may_be_many():
+    segments = jnp.array([[0, 100, -1]], jnp.int8)
+    out = tokens.segment_sum(jnp.array([[1.0, 2.0, 4.0]]), segments, 250)  # as int8, 250 is -6
+    np.testing.assert_array_equal(out, np.zeros((1, 250)) + np.eye(250)[0] + 2 * np.eye(250)[100])
+    np.testing.assert_array_equal(tokens.segment_scatter(out, segments), [[1, 2, 0]])
 
 
 def test_broadcast_and_scatter_are_those_of_a_loop():

@@ -59,6 +59,16 @@ def test_invalid_samples_lose_to_any_weight():
     np.testing.assert_array_equal(vote.index, [1, 0, 1])
 
 
+def test_a_weight_that_is_not_a_number_is_no_vote():
+    answers = jnp.array([[7, 8, 9], [7, 8, 8], [7, 8, 8], [7, 8, 9]])
+    valid = jnp.array([[0, 1, 1], [0, 1, 1], [0, 1, 1], [0, 1, 0]])
+    inf, nan = jnp.inf, jnp.nan
+    weights = jnp.array([[1, nan, 2], [1, nan, 2], [1, inf, -inf], [1, nan, 3]])
+    vote = weighted_majority_vote(answers, weights, valid)
+    np.testing.assert_array_equal(vote.answer, [9, 8, 8, -1])
+    np.testing.assert_array_equal(vote.index, [2, 2, 1, -1])
+
+
 def test_many_small_weights_in_bfloat16_are_summed_in_float32():
     answers = jnp.array([[0] + [1] * 1000])
     weights = jnp.array([[400.0] + [0.5] * 1000], jnp.bfloat16)
@@ -154,6 +164,13 @@ def test_maj_at_k_of_an_answer_nobody_gave_is_zero_and_of_too_few_samples_nan():
     counts, correct = np.array([[3, 2, 0]] * 3), np.array([2, 3, -1])
     np.testing.assert_array_equal(maj_at_k(counts, correct, 3), 0)
     np.testing.assert_array_equal(maj_at_k(counts, correct, 6), np.nan)
+
+
+def test_maj_at_k_of_counts_below_zero():
+    counts, correct = np.array([[5, -2, 3], [5, 2, 3]]), np.array([0, 0])
+    np.testing.assert_array_equal(np.isnan(maj_at_k(counts, correct, 3)), [True, False])
+    with pytest.raises(ValueError, match="counts must be at least 0, got"):
+        voting.maj_at_k(counts, correct, 3)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

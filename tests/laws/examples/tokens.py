@@ -18,15 +18,15 @@ STEPS = jax.random.normal(jax.random.key(5), (8, 3))
 KEPT = {"values": VALUES, "mask": MASK}
 
 
-def linear(function, arguments, batch):
+def linear(function, arguments, batch, constants=CONSTANTS):
     return Example(
         name=function.__name__,
         function=lambda **arguments: function(**arguments, chunk=16),
-        arguments={**arguments, **CONSTANTS},
+        arguments={**arguments, **constants},
         covers=(function,),
-        hyperparameters=tuple(CONSTANTS),
+        hyperparameters=tuple(constants),
         differentiable=tuple(name for name in arguments if name != "targets"),
-        constants=tuple(CONSTANTS),
+        constants=tuple(constants),
         batch=batch,
         bad={"an unembedding for other hidden states": ("unembedding", UNEMBEDDING[:3])},
     )
@@ -83,6 +83,7 @@ EXAMPLES = [
             "other_hidden": OTHER, "other_unembedding": OTHER_UNEMBEDDING,
         },
         ("hidden", "other_hidden"),
+        {**CONSTANTS, "other_softcap": jnp.asarray(2.0)},
     ),
     Example(
         name="token_logps",
