@@ -68,10 +68,13 @@ def init(
       dtype: of the adapter, whatever that of the network.
 
     Raises:
-      ValueError: a rank below 1; a target that is not in `params` or not in `splits`, or has fewer axes than it says.
+      ValueError: a rank below 1; a target that is not in `params` or not in `splits`, or has fewer axes than it says;
+        shapes and `dora`.
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
+    if isinstance(targets, str):
+        raise ValueError(f"targets must be several names, such as [{targets!r}], got the string {targets!r}")
     flat, targets = flatten_dict(params), set(targets)
     valid = {path[-1] for path in flat} & splits.keys()
     if unknown := sorted(targets - valid):
@@ -84,9 +87,13 @@ def init(
             raise ValueError(f"splits gives {name} {inputs} + {outputs} axes, but its shape is {weight.shape}")
         before, between, after = _parts(weight.shape, lead, inputs)
         bound = 1 / math.sqrt(math.prod(between))
-        a = jax.random.uniform(key, (*before, *between, rank), dtype, -bound, bound)
+        # In float32 at least: a bfloat16 uniform has 128 values.
+        wide = jnp.promote_types(dtype, jnp.float32)
+        a = jax.random.uniform(key, (*before, *between, rank), wide, -bound, bound).astype(dtype)
         leaf = {"a": a, "b": jnp.zeros((*before, rank, *after), dtype)}
         if dora:
+            if isinstance(weight, jax.ShapeDtypeStruct):
+                raise ValueError("params must be arrays for dora, which takes their norms, got shapes")
             leaf["magnitude"] = _norm(at_least_float32(weight), lead, inputs).reshape(before + after).astype(dtype)
         return leaf
 

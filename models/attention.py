@@ -32,9 +32,9 @@ def dot_product_attention(
     softcap: float | None = None,
     implementation: Literal["xla", "cudnn"] | None = None,
 ) -> Array:
-    """Softmax attention with JAX's own kernels, or with plain products if there is a soft cap; softmax in float32.
+    """Softmax attention with JAX's own kernels, or with plain products if there is a soft cap.
 
-    A query that sees nothing gets some finite value.
+    Softmax is in float32 at least. A query that sees nothing gets some finite value.
 
     Args:
       query: `[B, T, H, D]`.
@@ -84,7 +84,8 @@ def cached_attention(
     groups = h // key.shape[1]
     # Queries that share a key head are rows of one matrix, so that both products are plain batched ones.
     rows = query.reshape(b, t, -1, groups, d).transpose(0, 2, 1, 3, 4).reshape(b, -1, t * groups, d)
-    scores = scale * jnp.einsum("bknd,bkds->bkns", rows, key, preferred_element_type=jnp.float32)
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    scores = scale * jnp.einsum("bknd,bkds->bkns", rows, key, preferred_element_type=wide)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     seen = jnp.repeat(mask, groups, axis=1)[:, None]

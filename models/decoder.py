@@ -8,8 +8,8 @@ with root-mean-square norms, rotary positions, grouped queries, and `mlp(h) = (a
 says which, and makes one set of functions serve all families. Parameters are a dictionary of arrays; those of the
 layers are stacked, so that a network of any depth is one `lax.scan` and compiles in the time of one layer.
 
-Parameters come from `init` or from `models.hf.load`. Arithmetic is in their type; norms, softmax and logits are in
-float32. Attention is an argument: see `models.attention`.
+Parameters come from `init` or from `models.hf.load`. Arithmetic is in their type, and where they have several `x` keeps
+the embedding's; norms, softmax and logits are in float32 at least. Attention is an argument: see `models.attention`.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from esscher.core import tokens as token_ops
+from esscher.core.arrays import normal
 from esscher.models.attention import Attention, dot_product_attention
 from esscher.models.functional import Params
 from esscher.models.rope import Rope, angles, rotate
@@ -71,6 +72,8 @@ class Config:
       attention_softcap: `cap tanh(s / cap)` of the attention's scores.
       final_softcap: likewise of the logits.
       tied: the unembedding is the embedding.
+      context: tokens that it is meant for at most, if known. Nothing that is computed depends on it, so configurations
+        that differ only here are equal.
     """
 
     vocabulary: int
@@ -95,17 +98,26 @@ class Config:
     attention_softcap: float | None = None
     final_softcap: float | None = None
     tied: bool = False
+    context: int | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         """Refuses sizes that do not fit each other."""
+        object.__setattr__(self, "sliding", tuple(self.sliding))  # a list could not be hashed
+        for name in ("vocabulary", "width", "depth", "heads", "kv_heads", "head_dim", "mlp"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.activation not in ("silu", "gelu"):
+            raise ValueError(f'activation must be "silu" or "gelu", got {self.activation!r}')
         if self.heads % self.kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads={self.kv_heads}, got {self.heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even, got {self.head_dim}")
         if self.sliding and len(self.sliding) != self.depth:
             raise ValueError(f"sliding must have one entry for each of {self.depth} layers, got {len(self.sliding)}")
-        if any(self.sliding) and not self.window:
+        if any(self.sliding) and self.window is None:
             raise ValueError("window must be given when a layer is sliding")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window must be at least 1, got {self.window}")
 
 
 # --- parameters -------------------------------------------------------------------------------------------------------
@@ -167,7 +179,7 @@ def init(key: Array, config: Config, dtype: DTypeLike = jnp.float32) -> Params:
     leaves, structure = jax.tree.flatten(_specification(config), is_leaf=_is_leaf)
     identity = 0.0 if config.offset_norms else 1.0
     drawn = [
-        jnp.full(shape, identity, dtype) if std is None else std * jax.random.normal(key, shape, dtype)
+        jnp.full(shape, identity, dtype) if std is None else (std * normal(key, shape, dtype)).astype(dtype)
         for key, (shape, _, std) in zip(jax.random.split(key, len(leaves)), leaves, strict=True)
     ]
     return structure.unflatten(drawn)
@@ -202,7 +214,7 @@ def hidden(
         axis of layers; so adapters are merged, or a quantised base restored, one layer at a time.
 
     Returns:
-      `[B, T, width]` in the type of the parameters.
+      `[B, T, width]` in the type of the embedding.
 
     Raises:
       ValueError: tokens that are not integers `[B, T]`, or segments or positions of another shape.
@@ -241,8 +253,9 @@ def unembedding(params: Params) -> Array:
 
 
 def logits(params: Params, config: Config, states: Array) -> Array:
-    """Logits of the next token, `[..., width] -> [..., vocabulary]`, float32, soft cap included."""
-    out = jnp.matmul(states, unembedding(params), preferred_element_type=jnp.float32)
+    """Logits of the next token, `[..., width] -> [..., vocabulary]`, float32 or wider, soft cap included."""
+    wide = jnp.promote_types(states.dtype, jnp.float32)
+    out = jnp.matmul(states, unembedding(params), preferred_element_type=wide)
     return out if config.final_softcap is None else config.final_softcap * jnp.tanh(out / config.final_softcap)
 
 
@@ -344,17 +357,18 @@ def _feed_forward(weights: Params, config: Config, x: Array) -> Array:
 
 
 def _matmul(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """`x[B, T, n] @ weight[n, ...] + bias[...]`."""
+    """`x[B, T, n] @ weight[n, ...] + bias[...]`, in the type of `x`."""
     # Two-dimensional, because XLA's CPU backend takes four times as long for the gradient of a batched product.
     out = x.reshape(-1, x.shape[-1]) @ weight.reshape(x.shape[-1], -1)
     out = out.reshape(*x.shape[:2], *weight.shape[1:])
-    return out if bias is None else out + bias
+    return (out if bias is None else out + bias).astype(x.dtype)
 
 
 def _norm(x: Array, weight: Array, config: Config) -> Array:
     precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     y = precise * jax.lax.rsqrt(jnp.square(precise).mean(-1, keepdims=True) + config.norm_eps)
-    return (y * (1 + weight.astype(y.dtype))).astype(x.dtype) if config.offset_norms else weight * y.astype(x.dtype)
+    y = y * (1 + weight.astype(y.dtype)) if config.offset_norms else weight * y.astype(x.dtype)
+    return y.astype(x.dtype)
 
 
 def query_scale(config: Config) -> float:

@@ -49,7 +49,7 @@ def logits(
     attention: Attention = dot_product_attention,
     remat: bool = False,
 ) -> Array:
-    """Logits of the data's token at each position, `[B, L] -> [B, L, vocabulary]`, float32.
+    """Logits of the data's token at each position, `[B, L] -> [B, L, vocabulary]`, float32 or wider.
 
     `functools.partial(logits, params, config)` is the denoiser that samplers take.
 
@@ -84,7 +84,7 @@ def logits(
         if t is None or t.shape != (batch,):
             given = None if t is None else t.shape
             raise ValueError(f"t must have shape ({batch},) for parameters with time, got {given}")
-        x += (sinusoid(t, FREQUENCIES, scale=100.0).astype(x.dtype) @ params["time"])[:, None]
+        x += (sinusoid(t, FREQUENCIES, scale=100.0).astype(x.dtype) @ params["time"]).astype(x.dtype)[:, None]
     # Rotary positions tell distances, so padding in front needs no count of its own.
     rotation = angles(config.rope, config.head_dim, jnp.broadcast_to(jnp.arange(length), tokens.shape))
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from esscher.core.arrays import at_least_float32
+from esscher.core.arrays import at_least_float32, normal
 from esscher.models.functional import Params
 
 __all__ = ["axes", "classifier_init", "classify", "last_token", "reward", "reward_init", "value", "value_init"]
@@ -136,7 +136,7 @@ def _linear(params: Params, hidden: Array, ndim: int) -> Array:
 
 
 def _draw(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-    return jax.random.normal(key, shape, dtype) / math.sqrt(shape[0] + 1)
+    return (normal(key, shape, dtype) / math.sqrt(shape[0] + 1)).astype(dtype)
 
 
 def _parameters(weight: Array, bias: bool) -> Params:

@@ -60,7 +60,7 @@ def load(
     Args:
       path_or_repo: a folder with `config.json` and `model.safetensors`, or with the index and files of a checkpoint in
         several; or a name such as `Qwen/Qwen3-0.6B`, which is downloaded to the hub's own cache.
-      dtype: of the parameters; as on disk if absent.
+      dtype: of the parameters, one of float64, float32, float16 and bfloat16; each as on disk if absent.
       mesh: over which they are split; all on the first device if absent.
       rules: which mesh axis splits which axis, see `meshes.parameter_specs`.
       revision: of the hub's repository.
@@ -70,18 +70,20 @@ def load(
 
     Raises:
       UsageError: no such folder or repository; an architecture that is not supported; weights that are missing, left
-        over, of another shape, quantised, pickled or damaged.
+        over, ambiguous, of another shape, quantised, pickled or damaged; another `dtype`.
     """
+    if dtype is not None and not _is_plain(dtype):
+        raise UsageError(f"dtype must be one of {', '.join(_TYPES.values())}, got {dtype!r}")
     folder = hf_files.find_folder(path_or_repo, revision)
     try:
         config = config_from_json(hf_files.read_json(folder / "config.json"))
     except UsageError as error:
         raise UsageError(f"{folder / 'config.json'}: {error}") from None
-    with hf_files.open_tensors(folder) as tensors:
+    with hf_files.open_tensors(folder) as (tensors, names):
         if "score.weight" in tensors and "lm_head.weight" not in tensors:
             config = dataclasses.replace(config, tied=True)
         layout = hf_files.sources(config)
-        _check(folder, config, layout, tensors)
+        _check(folder, config, layout, tensors, names)
         read = functools.partial(_read, tensors=tensors, dtype=dtype)
         return config, jax.tree.map(read, layout, _shardings(config, mesh, rules), is_leaf=_is_source)
 
@@ -98,9 +100,9 @@ def load_tensor(path_or_repo: str | pathlib.Path, name: str, *, revision: str | 
       UsageError: as `load`, or if there is no such tensor.
     """
     folder = hf_files.find_folder(path_or_repo, revision)
-    with hf_files.open_tensors(folder) as tensors:
+    with hf_files.open_tensors(folder) as (tensors, names):
         if hf_files.short_name(name) not in tensors:
-            raise UsageError(f"{folder} has no tensor {name}; it has {', '.join(sorted(tensors)[:5])}, ...")
+            raise UsageError(f"{folder} has no tensor {name}; it has {', '.join(sorted(names.values())[:5])}, ...")
         return tensors[hf_files.short_name(name)][...]
 
 
@@ -146,14 +148,28 @@ def _piece(tensor: Any, source: Source, bounds: tuple[tuple[int, int], ...]) -> 
     return ours[tuple(slice(*wanted[axis]) if axis in source.inner else slice(None) for axis in right)]
 
 
-def _check(folder: pathlib.Path, config: Config, layout: Params, tensors: Mapping[str, Any]) -> None:
+def _is_plain(dtype: DTypeLike) -> bool:
+    try:
+        return jnp.dtype(dtype).name in _TYPES.values()
+    except TypeError:  # it is no type at all
+        return False
+
+
+def _check(
+    folder: pathlib.Path, config: Config, layout: Params, tensors: Mapping[str, Any], names: Mapping[str, str]
+) -> None:
     """Refuses tensors that are missing, left over, misshapen or of a type that is no plain float."""
     leaves = jax.tree.leaves(layout, is_leaf=_is_source)
     wanted = {name: source.disk_shape for source in leaves for name in source.names}
     for name, shape in wanted.items():
         if name not in tensors:
-            raise UsageError(f"{folder} has no tensor {hf_files.full_name(name)}; is its config.json of another model?")
-        found, where = tensors[name], f"{folder}: {hf_files.full_name(name)}"
+            reason = "is its config.json of another model?"
+            if name == "lm_head.weight":
+                reason = (
+                    "save the model with its head, or set tie_word_embeddings in config.json if the embedding is it"
+                )
+            raise UsageError(f"{folder} has no tensor {hf_files.full_name(name)}; {reason}")
+        found, where = tensors[name], f"{folder}: {names[name]}"
         if tuple(found.get_shape()) != shape:
             raise UsageError(f"{where} has shape {found.get_shape()}, config.json makes it {[*shape]}")
         if found.get_dtype() not in _TYPES:
@@ -164,7 +180,7 @@ def _check(folder: pathlib.Path, config: Config, layout: Params, tensors: Mappin
         extra.remove("lm_head.weight")
     if extra:
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-        raise UsageError(f"{folder} has tensors that the decoder does not know: {hf_files.full_name(extra[0])}{more}")
+        raise UsageError(f"{folder} has tensors that the decoder does not know: {names[extra[0]]}{more}")
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
@@ -188,21 +204,15 @@ def save(
       folder: made if need be.
       config: which decoder.
       params: see `models.decoder`.
-      extra: further entries of `config.json`, such as `eos_token_id` or `max_position_embeddings`.
+      extra: further entries of `config.json`, such as `eos_token_id`.
       max_shard_bytes: of one file; past it there are several and an index.
 
     Raises:
-      ValueError: parameters of another structure or shape than the configuration's.
+      ValueError: parameters of another structure or shape than the configuration's, or of a type that `load` refuses.
       UsageError: no family of models has the configuration, or the files cannot be written.
     """
-    folder, layout, shapes = pathlib.Path(folder), hf_files.sources(config), decoder.shapes(config)
-    found, wanted = (
-        {jax.tree_util.keystr(p): x.shape for p, x in jax.tree.leaves_with_path(t)} for t in (params, shapes)
-    )
-    differing = sorted(path for path in found.keys() | wanted.keys() if found.get(path) != wanted.get(path))
-    if differing:
-        path = differing[0]
-        raise ValueError(f"params{path} must be {wanted.get(path, 'absent')}, got {found.get(path, 'nothing')}")
+    folder, layout = pathlib.Path(folder), hf_files.sources(config)
+    _check_params(config, params)
     try:
         import safetensors
     except ImportError:
@@ -228,6 +238,21 @@ def save(
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(folder / ".new", ignore_errors=True)
         raise UsageError(f"cannot save the checkpoint in {folder}: {error}; what was there is as before") from error
+
+
+def _check_params(config: Config, params: Params) -> None:
+    """Refuses another structure, shape or type than a checkpoint's."""
+    found, shapes = (
+        {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+        for tree in (params, decoder.shapes(config))
+    )
+    for path in sorted(found.keys() | shapes.keys()):
+        got, wanted = (tree[path].shape if path in tree else None for tree in (found, shapes))
+        if got != wanted:
+            wanted, got = ("absent" if wanted is None else wanted), ("nothing" if got is None else got)
+            raise ValueError(f"params{path} must be {wanted}, got {got}")
+        if not _is_plain(found[path].dtype):
+            raise ValueError(f"params{path} must be of {', '.join(_TYPES.values())}, got {found[path].dtype}")
 
 
 def _write(folder: pathlib.Path, content: dict[str, Any], files: list[list[tuple]]) -> None:

@@ -5,6 +5,7 @@ the default is", and what is missing has a default that depends on the family.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -27,6 +28,7 @@ _LLAMA = {
     "hidden_act": "silu",
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
     "tie_word_embeddings": False,
     "sliding_window": None,
 }
@@ -67,6 +69,8 @@ _GEMMA2 = _GEMMA | {
 _GEMMA3 = _GEMMA2 | {
     "vocab_size": 262_208,
     "max_position_embeddings": 131_072,
+    "rope_theta": 1_000_000.0,
+    "rope_local_base_freq": 10_000.0,
     "sliding_window_pattern": 6,
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
@@ -108,8 +112,8 @@ _REFUSED = {
 def config_from_json(content: Mapping[str, Any]) -> Config:
     """The decoder that a `config.json` describes: `llama`, `mistral`, `qwen2`, `qwen3`, `gemma`, `gemma2`, `gemma3`.
 
-    Of a multimodal Gemma 3 it is the part that writes text. `max_position_embeddings` becomes the `original_length` of
-    the rotary positions unless they say themselves.
+    Of a multimodal Gemma 3 it is the part that writes text. `max_position_embeddings` becomes the `context`, and the
+    `original_length` of the rotary positions unless they say themselves.
 
     Args:
       content: the file, parsed.
@@ -146,7 +150,7 @@ def config_from_json(content: Mapping[str, Any]) -> Config:
 
 def _read(family: str, values: dict[str, Any]) -> Config:
     gemma, sandwich = family.startswith("gemma"), family in ("gemma2", "gemma3_text")
-    integer = lambda key: _integer(values, key)  # noqa: E731
+    integer, number = (functools.partial(kind, values) for kind in (_integer, _number))
     heads, width, depth = integer("num_attention_heads"), integer("hidden_size"), integer("num_hidden_layers")
     head_dim = width // heads if values["head_dim"] is None else integer("head_dim")
     rope, sliding_rope = _ropes(family, values)
@@ -162,18 +166,19 @@ def _read(family: str, values: dict[str, Any]) -> Config:
         sliding_rope=sliding_rope,
         sliding=tuple(_sliding(family, values, depth)),
         window=None if values["sliding_window"] is None else integer("sliding_window"),
-        norm_eps=float(values["rms_norm_eps"]),
+        norm_eps=number("rms_norm_eps"),
         offset_norms=gemma,
         normalize_heads=family in ("qwen3", "gemma3_text"),
         attention_bias=family == "qwen2",
         activation=_activation(family, values),
         sandwich=sandwich,
         scale_embedding=gemma,
-        query_scale=values["query_pre_attn_scalar"] ** -0.5 if sandwich else None,
+        query_scale=number("query_pre_attn_scalar") ** -0.5 if sandwich else None,
         # Gemma 3's attention has no cap in transformers, whatever its configuration says.
-        attention_softcap=values["attn_logit_softcapping"] if family == "gemma2" else None,
-        final_softcap=values["final_logit_softcapping"] if sandwich else None,
+        attention_softcap=_cap(values, "attn_logit_softcapping") if family == "gemma2" else None,
+        final_softcap=_cap(values, "final_logit_softcapping") if sandwich else None,
         tied=bool(values["tie_word_embeddings"]),
+        context=integer("max_position_embeddings"),
     )
     return _canonical(config)
 
@@ -183,6 +188,17 @@ def _integer(values: Mapping[str, Any], key: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UsageError(f"{key} must be a positive integer, got {value!r}")
     return value
+
+
+def _number(values: Mapping[str, Any], key: str) -> float:
+    value = values[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise UsageError(f"{key} must be a positive number, got {value!r}")
+    return float(value)
+
+
+def _cap(values: Mapping[str, Any], key: str) -> float | None:
+    return None if values[key] is None else _number(values, key)
 
 
 def _activation(family: str, values: Mapping[str, Any]) -> str:
@@ -209,45 +225,48 @@ def _sliding(family: str, values: Mapping[str, Any], depth: int) -> list[bool]:
     if family.startswith("qwen"):
         windowed = values["use_sliding_window"] and values["sliding_window"] is not None
         return [windowed and i >= values["max_window_layers"] for i in range(depth)]
-    return [(i + 1) % values["sliding_window_pattern"] != 0 for i in range(depth)]
+    pattern = _integer(values, "sliding_window_pattern")
+    return [(i + 1) % pattern != 0 for i in range(depth)]
 
 
 def _ropes(family: str, values: Mapping[str, Any]) -> tuple[Rope, Rope | None]:
     """Rotary positions of the full and of the sliding layers; `None` if those are the same."""
     scaling, parameters = values.get("rope_scaling") or {}, values.get("rope_parameters") or {}
     if family != "gemma3_text":
-        return _rope(scaling or parameters, values, values.get("rope_theta", 10_000.0)), None
+        return _rope(scaling or parameters, values, "rope_theta"), None
     full, near = (parameters.get(f"{kind}_attention") or {} for kind in ("full", "sliding"))
-    return (
-        _rope({**full, **scaling}, values, values.get("rope_theta", 1_000_000.0)),
-        _rope(near, values, values.get("rope_local_base_freq", 10_000.0)),
-    )
+    return _rope({**full, **scaling}, values, "rope_theta"), _rope(near, values, "rope_local_base_freq")
 
 
-def _rope(parameters: Mapping[str, Any], values: Mapping[str, Any], theta: float) -> Rope:
+def _rope(parameters: Mapping[str, Any], values: Mapping[str, Any], theta_key: str) -> Rope:
     given = {key: value for key, value in parameters.items() if value is not None}
     kind = given.get("rope_type") or given.get("type") or "default"
     if kind not in ("default", "linear", "llama3", "yarn"):
         raise UsageError(f"rotary scaling {kind!r} is not supported; it must be default, linear, llama3 or yarn")
     if given.get("partial_rotary_factor", values.get("partial_rotary_factor", 1)) != 1:
         raise UsageError("partial_rotary_factor is set: the decoder turns whole heads only")
-    theta, longest = float(given.get("rope_theta", theta)), _integer(values, "max_position_embeddings")
+    number, longest = functools.partial(_number, given), _integer(values, "max_position_embeddings")
+    theta = number("rope_theta") if "rope_theta" in given else _number(values, theta_key)
     if kind == "default":
         return Rope(theta, original_length=longest)
     if kind == "linear":
-        return Rope(theta, "linear", float(given["factor"]), longest)
-    length = values.get("original_max_position_embeddings") or given.get("original_max_position_embeddings", longest)
+        return Rope(theta, "linear", number("factor"), longest)
+    original = "original_max_position_embeddings"
+    length = _integer({original: values.get(original) or given.get(original, longest)}, original)
     if kind == "llama3":
-        low, high = given["low_freq_factor"], given["high_freq_factor"]
-        return Rope(theta, "llama3", float(given["factor"]), length, low_frequency=low, high_frequency=high)
+        low, high = number("low_freq_factor"), number("high_freq_factor")
+        if low >= high:
+            raise UsageError(f"high_freq_factor must be above low_freq_factor, {low}, got {high}")
+        return Rope(theta, "llama3", number("factor"), length, low_frequency=low, high_frequency=high)
     if not given.get("truncate", True):
         raise UsageError("rotary scaling yarn with truncate=false is not supported")
-    factor = float(given.get("factor", longest / length))
-    attention = given.get("attention_factor")
+    factor = number("factor") if "factor" in given else longest / length
+    attention = number("attention_factor") if "attention_factor" in given else None
     if attention is None and given.get("mscale") and given.get("mscale_all_dim"):
         above, below = (0.1 * given[key] * math.log(max(factor, 1)) + 1 for key in ("mscale", "mscale_all_dim"))
         attention = above / below
-    fast, slow = given.get("beta_fast") or 32.0, given.get("beta_slow") or 1.0
+    betas = (("beta_fast", 32.0), ("beta_slow", 1.0))
+    fast, slow = (_number({key: given.get(key) or default}, key) for key, default in betas)
     return Rope(theta, "yarn", factor, length, beta_fast=fast, beta_slow=slow, attention_factor=attention)
 
 
@@ -257,7 +276,8 @@ def _rope(parameters: Mapping[str, Any], values: Mapping[str, Any], theta: float
 def config_to_json(config: Config) -> dict[str, Any]:
     """The `config.json` of the simplest family that computes what the decoder does, for old and new transformers.
 
-    Token numbers for begin and end are not the decoder's, and are null.
+    Token numbers for begin and end are not the decoder's, and are null. `max_position_embeddings` is the `context`; if
+    that is not known, the rotary positions' `original_length`, times `factor` in "llama3" and "yarn".
 
     Args:
       config: which decoder.
@@ -280,10 +300,10 @@ def config_to_json(config: Config) -> dict[str, Any]:
 
 def _canonical(config: Config) -> Config:
     """Fields that make no difference at their defaults, as they come out of `config_from_json`."""
-    slides = any(config.sliding)
-    rope, near = _canonical_rope(config.rope), config.sliding_rope and _canonical_rope(config.sliding_rope)
-    if near and near.scaling in ("none", "linear"):  # which do not depend on the length
-        near = dataclasses.replace(near, original_length=rope.original_length)
+    slides, rope = any(config.sliding), config.rope
+    stretched = rope.factor if rope.scaling in ("llama3", "yarn") else 1
+    context = config.context or math.ceil(rope.original_length * stretched)
+    rope, near = (each and _canonical_rope(each, context) for each in (rope, config.sliding_rope))
     return dataclasses.replace(
         config,
         rope=rope,
@@ -291,24 +311,25 @@ def _canonical(config: Config) -> Config:
         sliding=config.sliding if slides else (),
         window=config.window if slides else None,
         query_scale=None if decoder.query_scale(config) == config.head_dim**-0.5 else config.query_scale,
+        context=context,
     )
 
 
-def _canonical_rope(rope: Rope) -> Rope:
+def _canonical_rope(rope: Rope, context: int) -> Rope:
     kept = {
         "none": (),
         "linear": ("factor",),
         "llama3": ("factor", "low_frequency", "high_frequency"),
         "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor"),
     }[rope.scaling]
-    return Rope(rope.theta, rope.scaling, original_length=rope.original_length, **{k: getattr(rope, k) for k in kept})
+    length = rope.original_length if rope.scaling in ("llama3", "yarn") else context  # others do not depend on it
+    return Rope(rope.theta, rope.scaling, original_length=length, **{k: getattr(rope, k) for k in kept})
 
 
 def _write(config: Config, family: str) -> dict[str, Any]:
     """What the family's `config.json` can say of it, which may be less than all."""
     slides, rope = any(config.sliding), config.rope
     near = config.sliding_rope or rope
-    stretched = rope.factor if rope.scaling in ("llama3", "yarn") else 1
     act = "gelu_pytorch_tanh" if config.activation == "gelu" else "silu"
     content = {
         "architectures": [f"{_CLASSES[family]}ForCausalLM"],
@@ -320,7 +341,7 @@ def _write(config: Config, family: str) -> dict[str, Any]:
         "num_attention_heads": config.heads,
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_dim,
-        "max_position_embeddings": math.ceil(rope.original_length * stretched),
+        "max_position_embeddings": config.context,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied,
         "rope_theta": rope.theta,

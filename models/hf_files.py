@@ -155,11 +155,13 @@ def short_name(name: str) -> str:
 
 
 @contextlib.contextmanager
-def open_tensors(folder: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """Slices of all tensors in a folder by their short names; nothing is read yet but the files' headers.
+def open_tensors(folder: pathlib.Path) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
+    """Slices of all tensors in a folder, and their names on disk, both by their short names.
+
+    Nothing is read yet but the files' headers.
 
     Raises:
-      UsageError: there are no weights as safetensors, or files are missing or damaged.
+      UsageError: there are no weights as safetensors, files are missing or damaged, or two tensors have one short name.
     """
     try:
         import safetensors
@@ -176,7 +178,7 @@ def open_tensors(folder: pathlib.Path) -> Iterator[dict[str, Any]]:
         reason = f"{pickles[0]} is a pickle, which could run any code; convert it" if pickles else "convert its weights"
         raise UsageError(f"{folder} has neither {WEIGHTS} nor {INDEX}: {reason} with transformers' save_pretrained")
     with contextlib.ExitStack() as stack:
-        tensors, where = {}, {}
+        tensors, names, where = {}, {}, {}
         for file in sorted(set(listed.values())) or [WEIGHTS]:
             if not (folder / file).exists():
                 raise UsageError(f"{folder / INDEX} names {file}, which is not there; get the file")
@@ -185,11 +187,14 @@ def open_tensors(folder: pathlib.Path) -> Iterator[dict[str, Any]]:
             except (OSError, safetensors.SafetensorError) as error:
                 raise UsageError(f"{folder / file} is damaged ({error}); get the file again") from error
             for name in opened.keys():  # noqa: SIM118 - it is no dictionary
-                tensors[short_name(name)], where[name] = opened.get_slice(name), file
+                short = short_name(name)
+                if (other := names.setdefault(short, name)) != name:
+                    raise UsageError(f"{folder} has both {other} and {name}, of which only one can count; remove one")
+                tensors[short], where[name] = opened.get_slice(name), file
         for name, file in listed.items():
             if where.get(name) != file:
                 raise UsageError(f"{folder / file} has no tensor {name}, which {INDEX} says; get both files again")
-        yield tensors
+        yield tensors, names
 
 
 def full_name(name: str) -> str:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from esscher.core.arrays import check_same_shape
 from esscher.core.contracts import LanguageModel
 from esscher.models import decoder
 from esscher.models.attention import Attention, cached_attention, dot_product_attention
@@ -32,10 +33,11 @@ class Cache(NamedTuple):
 def language_model(
     params: Params, config: Config, capacity: int, *, attention: Attention = dot_product_attention
 ) -> LanguageModel:
-    """A decoder with a cache of `capacity` tokens, prompt included; past it, logits are NaN.
+    """A decoder with a cache of `capacity` tokens, prompt included; past it, logits are NaN, and after no token, too.
 
     `extend` writes all rows' tokens into the same slots. Rows from which `rewind` took fewer tokens than from others
-    leave slots empty, so leave room where rows differ: `G` tokens for every round of speculation.
+    leave slots empty, so leave room where rows differ: `G` tokens for every round of speculation. `rewind` stops at the
+    empty prefix.
 
     Args:
       params: of `decoder.init` or `hf.load`.
@@ -45,6 +47,11 @@ def language_model(
 
     Returns:
       Its four functions.
+
+    Raises:
+      ValueError: (from `init`) a prompt that is no matrix of integers or longer than `capacity`, or a mask of another
+        shape; (from `step` and `extend`) tokens that are not integers, one or several for each row of the cache, or
+        more at once than `capacity`.
     """
     stacked = params["layers"]
     layers = [decoder.fuse(jax.tree.map(lambda leaf, i=i: leaf[i], stacked)) for i in range(config.depth)]
@@ -75,6 +82,9 @@ def language_model(
         return decoder.final_norm(params, config, x), written, known
 
     def init(prompt: Array, mask: Array) -> tuple[Array, Cache]:
+        if prompt.ndim != 2 or not jnp.issubdtype(prompt.dtype, jnp.integer):
+            raise ValueError(f"prompt must be integers [B, T0], got {prompt.dtype} of {prompt.shape}")
+        check_same_shape(prompt=prompt, mask=mask)
         length = prompt.shape[1]
         if not 0 < length <= capacity:
             raise ValueError(f"prompt must have 1 to {capacity} tokens, the capacity, got {length}")
@@ -87,10 +97,16 @@ def language_model(
         known = jnp.pad(positions, ((0, 0), room), constant_values=-1)
         slot = jnp.full(prompt.shape[0], length, jnp.int32)
         cache = Cache(keys, values, known, positions.max(1) + 1, slot)
-        return decoder.logits(params, config, states[:, -1]), cache
+        # Of the last token that is there: padding may stand on the right as well.
+        last = jnp.take_along_axis(states, jnp.argmax(positions, axis=1)[:, None, None], axis=1)[:, 0]
+        # A row without a token has read its padding, which means nothing.
+        return jnp.where(present.any(1)[:, None], decoder.logits(params, config, last), jnp.nan), cache
 
     def extend(cache: Cache, tokens: Array) -> tuple[Array, Cache]:
+        _check_tokens(cache, 2, tokens=tokens)
         n = tokens.shape[1]
+        if n > capacity:
+            raise ValueError(f"tokens must have at most {capacity} a row, the capacity, got {n}")
         states, written, known = forward(tokens, cache.position[:, None] + jnp.arange(n, dtype=jnp.int32), cache)
         keys, values = (tuple(part) for part in zip(*written, strict=True))
         out = decoder.logits(params, config, states)
@@ -98,13 +114,23 @@ def language_model(
         return out, Cache(keys, values, known, cache.position + n, cache.slot + n)
 
     def step(cache: Cache, token: Array) -> tuple[Array, Cache]:
+        _check_tokens(cache, 1, token=token)
         out, cache = extend(cache, token[:, None])
         return out[:, 0], cache
 
     return LanguageModel(init, step, extend, _rewind)
 
 
+def _check_tokens(cache: Cache, ndim: int, **given: Array) -> None:
+    ((name, tokens),) = given.items()
+    rows = len(cache.position)
+    if tokens.ndim != ndim or len(tokens) != rows or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        wanted = f"[{rows}]" if ndim == 1 else f"[{rows}, G]"
+        raise ValueError(f"{name} must be integers {wanted}, got {tokens.dtype} of {tokens.shape}")
+
+
 def _rewind(cache: Cache, n: Array) -> Cache:
+    n = jnp.minimum(n, cache.position)
     position = cache.position - n
     positions = jnp.where(cache.positions < position[:, None], cache.positions, -1)
     return cache._replace(positions=positions, position=position, slot=cache.slot - n.min())

@@ -56,6 +56,8 @@ def frequencies(rope: Rope, dimension: int) -> np.ndarray:
             low, high = max(math.floor(fast), 0), min(math.ceil(slow), dimension - 1)
             ramp = np.clip((np.arange(dimension // 2) - low) / max(high - low, 1e-3), 0, 1)
             chosen = ramp * stretched + (1 - ramp) * plain
+        case _:
+            raise ValueError(f'scaling must be "none", "linear", "llama3" or "yarn", got {rope.scaling!r}')
     return chosen.astype(np.float32)
 
 

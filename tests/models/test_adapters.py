@@ -175,6 +175,8 @@ def test_strength_is_traced():
 
 def test_types_are_those_of_the_weights():
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
+    coarse, fine = (new(dtype=dtype)["layers"]["up"]["a"] for dtype in (jnp.bfloat16, jnp.float32))
+    np.testing.assert_array_equal(coarse, fine.astype(jnp.bfloat16))  # and no draw of few values
     adapter = adapters.init(jax.random.key(0), half, rank=2, dora=True)
     assert {leaf.dtype for leaf in jax.tree.leaves(adapter)} == {jnp.dtype("float32")}
     merged = merge(half, adapter)
@@ -223,6 +225,11 @@ def test_factors_are_split_like_their_weights():
         (
             lambda: new(targets=("quarry", "up", "embedding")),
             "targets must be among down, gate, key, output, query, unembedding, up, value, got embedding, quarry",
+        ),
+        (lambda: new(targets="query"), r"targets must be several names, such as \['query'\], got the string 'query'"),
+        (
+            lambda: adapters.init(jax.random.key(0), decoder.shapes(CONFIG), rank=1, dora=True),
+            "params must be arrays for dora, which takes their norms, got shapes",
         ),
         (lambda: new(targets=("up",), splits={"up": (2, 2)}), r"splits gives up 2 \+ 2 axes, but its shape is"),
         (

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from esscher.core import meshes
-from esscher.models import attention, decoder, rope
+from esscher.models import attention, decoder
 from esscher.models.decoder import Config
 from esscher.models.language_model import language_model
 from esscher.models.rope import Rope
@@ -84,11 +84,29 @@ def test_init_draws_what_shapes_and_axes_say(config):
         ({"head_dim": 5}, "head_dim must be even, got 5"),
         ({"sliding": (True,), "window": 2}, "sliding must have one entry for each of 2 layers, got 1"),
         ({"sliding": (True, False)}, "window must be given"),
+        ({"sliding": (True, False), "window": -1}, "window must be at least 1, got -1"),
+        ({"kv_heads": 0}, "kv_heads must be at least 1, got 0"),
+        ({"depth": 0}, "depth must be at least 1, got 0"),
+        ({"activation": "relu"}, 'activation must be "silu" or "gelu", got \'relu\''),
     ],
 )
 def test_sizes_that_do_not_fit_are_rejected(sizes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(LLAMA, **sizes)
+
+
+def test_configurations_are_hashable_and_equal_whatever_their_context():
+    given = dataclasses.replace(QWEN, sliding=[False, True], context=99)
+    assert given == QWEN
+    assert hash(given) == hash(QWEN)
+
+
+def test_parameters_drawn_in_bfloat16_have_tails():
+    """A bfloat16 normal has 128 values, none beyond 2.9."""
+    table = decoder.init(jax.random.key(0), dataclasses.replace(LLAMA, vocabulary=4096), jnp.bfloat16)["embedding"]
+    assert table.dtype == jnp.bfloat16
+    assert np.abs(table.astype(jnp.float32)).max() > 3.5 * 0.02  # by chance less for e^-30 of all keys
+    assert len(np.unique(table.astype(jnp.float32))) > 1000
 
 
 @pytest.mark.parametrize(
@@ -103,6 +121,20 @@ def test_sizes_that_do_not_fit_are_rejected(sizes, message):
 def test_wrong_arguments_are_named(tokens, given, message):
     with pytest.raises(ValueError, match=message):
         decoder.hidden(decoder.shapes(LLAMA), LLAMA, tokens, **given)
+
+
+@pytest.mark.parametrize("config", [QWEN, GEMMA], ids=["qwen", "gemma"])
+@pytest.mark.parametrize("wide", ["norm", "bias", "key", "embedding"])
+def test_parameters_of_several_types_keep_the_embeddings(config, wide):
+    kind = lambda path: jnp.float32 if wide in path[-1].key else jnp.bfloat16  # noqa: E731
+    params = jax.tree.map_with_path(lambda path, leaf: leaf.astype(kind(path)), draw(config))
+    read = lambda params: decoder.hidden(params, config, draw_tokens(1, 1, 5))  # noqa: E731
+    start = lambda params: language_model(params, config, 6).init(draw_tokens(1, 1, 5), jnp.ones((1, 5)))  # noqa: E731
+    dtype = params["embedding"].dtype
+    assert jax.eval_shape(read, params).dtype == dtype
+    logits, cache = jax.eval_shape(start, params)
+    assert logits.dtype == jnp.float32
+    assert {leaf.dtype for leaf in (*cache.keys, *cache.values)} == {dtype}
 
 
 # --- cached as whole --------------------------------------------------------------------------------------------------
@@ -139,6 +171,22 @@ def test_prompt_steps_extension_and_rewinding_agree_with_the_full_pass(config):
     close(last[1], full[1, 7])
 
 
+@pytest.mark.parametrize("config", [LLAMA, GEMMA], ids=["llama", "gemma"])
+def test_a_prompt_padded_on_the_right_is_read_as_one_padded_on_the_left(config):
+    tokens = draw_tokens(1, 2, 9)
+    left = jnp.where(MASK == 1, tokens[:, :5], 0)
+    right = left.at[1].set(jnp.roll(left[1], -2))
+
+    @jax.jit
+    def read(params, prompt, mask):
+        first, cache = language_model(params, config, 7).init(prompt, mask)
+        return first, language_model(params, config, 7).step(cache, tokens[:, 5])[0]
+
+    params = draw(config)
+    for one, other in zip(read(params, left, MASK), read(params, right, MASK.at[1].set(MASK[1, ::-1])), strict=True):
+        close(one, other)
+
+
 def test_past_the_capacity_logits_are_nan_and_a_prompt_beyond_it_is_refused():
     model = language_model(draw(LLAMA), LLAMA, 6)
 
@@ -151,8 +199,56 @@ def test_past_the_capacity_logits_are_nan_and_a_prompt_beyond_it_is_refused():
     fits, *beyond = run()
     assert np.all(np.isfinite(fits))
     assert all(np.all(np.isnan(out)) for out in beyond)
-    with pytest.raises(ValueError, match="prompt must have 1 to 6 tokens, the capacity, got 7"):
-        model.init(draw_tokens(1, 1, 7), jnp.ones((1, 7)))
+
+
+SHAPES = jax.eval_shape(lambda: language_model(draw(LLAMA), LLAMA, 6).init(draw_tokens(1, 2, 3), jnp.ones((2, 3))))[1]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda m: m.init(draw_tokens(1, 1, 7), jnp.ones((1, 7))),
+            "prompt must have 1 to 6 tokens, the capacity, got 7",
+        ),
+        (lambda m: m.init(draw_tokens(1, 3), jnp.ones(3)), r"prompt must be integers \[B, T0\], got int32 of \(3,\)"),
+        (lambda m: m.init(jnp.ones((1, 3)), jnp.ones((1, 3))), r"prompt must be integers \[B, T0\], got float32 of"),
+        (
+            lambda m: m.init(draw_tokens(1, 2, 3), jnp.ones((1, 3))),
+            r"must have one shape: prompt \(2, 3\), mask \(1, 3\)",
+        ),
+        (lambda m: m.step(SHAPES, draw_tokens(1, 2, 1)), r"token must be integers \[2\], got int32 of \(2, 1\)"),
+        (lambda m: m.step(SHAPES, draw_tokens(1, 1)), r"token must be integers \[2\], got int32 of \(1,\)"),
+        (lambda m: m.extend(SHAPES, draw_tokens(1, 2)), r"tokens must be integers \[2, G\], got int32 of \(2,\)"),
+        (lambda m: m.extend(SHAPES, jnp.ones((2, 1))), r"tokens must be integers \[2, G\], got float32 of \(2, 1\)"),
+        (lambda m: m.extend(SHAPES, draw_tokens(1, 2, 7)), "tokens must have at most 6 a row, the capacity, got 7"),
+    ],
+)
+def test_what_the_language_model_cannot_read_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda params: call(language_model(params, LLAMA, 6)), decoder.shapes(LLAMA))
+
+
+def test_after_no_token_logits_are_nan_and_rewinding_stops_there():
+    params, tokens = draw(LLAMA), draw_tokens(1, 2, 3)
+
+    @jax.jit
+    def run(params):
+        model = language_model(params, LLAMA, 6)
+        nothing, empty = model.init(tokens, jnp.zeros((2, 3)).at[0, 2].set(1))
+        first, _ = model.step(empty, tokens[:, 0])
+        _, cache = model.init(tokens, jnp.ones((2, 3)))
+        emptied = model.rewind(cache, jnp.array([10, 3]))
+        return nothing, first, emptied, model.step(emptied, tokens[:, 0])[0]
+
+    nothing, first, emptied, again = run(params)
+    np.testing.assert_array_equal(np.isnan(nothing), [[False] * 32, [True] * 32])
+    assert np.all(emptied.positions == -1)
+    assert np.all(emptied.position == 0)
+    assert np.all(emptied.slot == 0)
+    alone = compiled(LLAMA)(params, tokens[:, :1])[:, 0]
+    close(again, alone)
+    close(first[1], alone[1])
 
 
 # --- what a token sees ------------------------------------------------------------------------------------------------
@@ -227,21 +323,17 @@ def test_both_kinds_of_attention_follow_the_definition():
             close(attention.dot_product_attention(query, key, value, mask=seen, scale=0.7, softcap=cap), expected)
 
 
-# --- rotary positions -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("scaling", ["none", "linear", "llama3", "yarn"])
-def test_rotation_keeps_norms_and_products_depend_on_distance_alone(scaling):
-    turning = Rope(100.0, scaling, 4.0, 64, attention_factor=1.25)
-    size = 1.25**2 if scaling == "yarn" else 1.0
-    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8)) * jnp.ones((1, 20, 1, 1))
-    cosine, sine = rope.angles(turning, 8, jnp.arange(20)[None])
-    q_turned, k_turned = rope.rotate(q, cosine, sine), rope.rotate(k, cosine, sine)
-    close(jnp.sum(q_turned**2, -1), size * jnp.sum(q**2, -1))
-    products = np.asarray(jnp.einsum("bthd,bshd->ts", q_turned, k_turned))
-    for offset in (-7, 0, 3):
-        close(np.diagonal(products, offset), np.full(20 - abs(offset), np.diagonal(products, offset)[0]), atol=1e-4)
-    assert np.ptp(products) > 1
+def test_float64_is_not_narrowed(x64):
+    """Values that float32 could not have, of the two products that ask for a type of their own."""
+    rng = np.random.default_rng(0)
+    query, key, value = rng.normal(size=(3, 1, 2, 1, 4))
+    scores = np.tanh(query[0, :, 0] @ key[0, :, 0].T)
+    weights = np.exp(scores) * np.tri(2)
+    expected = weights / weights.sum(-1, keepdims=True) @ value[0, :, 0]
+    out = attention.dot_product_attention(query, key, value, mask=None, scale=1.0, softcap=1.0)
+    np.testing.assert_allclose(out[0, :, 0], expected, rtol=1e-12)
+    states, table = rng.normal(size=(1, 2, 16)), rng.normal(size=(16, 32))
+    np.testing.assert_allclose(decoder.logits({"unembedding": table}, LLAMA, states), states @ table, rtol=1e-12)
 
 
 def test_positions_may_be_given_and_only_their_differences_count():

@@ -96,6 +96,19 @@ def test_bfloat16_stays_near_float32_and_logits_are_float32():
     assert 1e-4 < error < 0.05
 
 
+def test_a_time_of_another_type_leaves_the_network_its_own():
+    params = draw() | {"time": draw(time=True)["time"]}
+    half = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), draw()) | {"time": params["time"]}
+    seen = []
+
+    def attention(query, key, value, **options):
+        seen.append(query.dtype)
+        return query
+
+    jax.eval_shape(lambda params: denoiser_lm.logits(params, TINY, TOKENS, TIMES, attention=attention), half)
+    assert {*seen} == {jnp.dtype("bfloat16")}
+
+
 def test_keeping_less_for_the_gradient_changes_nothing():
     params = draw()
     loss = lambda params, remat: jnp.sum(denoiser_lm.logits(params, TINY, TOKENS, remat=remat) ** 2)  # noqa: E731

@@ -60,6 +60,8 @@ def test_weights_begin_with_the_stated_variance_and_values_at_zero():
     np.testing.assert_allclose(weight.std() * np.sqrt(4096), 1, atol=4 / np.sqrt(2 * 4095))
     many = heads.classifier_init(jax.random.key(0), 15, 300)["weight"]
     np.testing.assert_allclose(many.std() * 4, 1, atol=4 / np.sqrt(2 * 4500))
+    coarse = heads.reward_init(jax.random.key(0), 4095, dtype=jnp.bfloat16)["weight"]
+    np.testing.assert_array_equal(coarse, weight.astype(jnp.bfloat16))  # and no draw of few values
     assert not np.any(heads.value(heads.value_init(8), normal(1, 2, 3, 8)))
     assert heads.value_init(8, bias=False).keys() == {"weight"}
 
