@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from esscher.models.functional import stack, unstack
-from esscher.models.layers import Conditioning, Dense, SelfAttention, check_images, sinusoid, standardize
+from esscher.models.layers import Conditioning, Dense, SelfAttention, check_images, check_sizes, sinusoid, standardize
 
 __all__ = ["Block", "DiT", "patchify", "positions", "unpatchify"]
 
@@ -83,8 +83,11 @@ class DiT(nnx.Module):
           rngs: Flax's random streams.
 
         Raises:
-          ValueError: sizes that do not divide.
+          ValueError: sizes that are not positive integers (`classes` may be 0) or do not divide, a `dtype` that is not
+            floating.
         """
+        check_sizes(image_size=image_size, channels=channels, patch=patch, width=width, depth=depth, heads=heads)
+        check_sizes(0, classes=classes)
         for name, value, divisor in (("image_size", image_size, patch), ("width", width, 4)):
             if value % divisor:
                 raise ValueError(f"{name} must be a multiple of {divisor}, got {value}")
@@ -109,7 +112,7 @@ class DiT(nnx.Module):
           `[B, image_size, image_size, channels]` in the dtype of `x`.
 
         Raises:
-          ValueError: wrong shapes, or labels that are not integers.
+          ValueError: wrong shapes, images that are not floating, or labels that are not integers.
         """
         check_images(x, (self.image_size, self.image_size, self.channels))
         condition = jax.nn.silu(self.conditioning(noise_level, label, x.shape[0]))

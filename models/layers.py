@@ -8,14 +8,15 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from esscher.core.arrays import at_least_float32
+from esscher.core.arrays import at_least_float32, check_floating
 from esscher.models.functional import parameter
 
-__all__ = ["Conditioning", "Conv", "Dense", "SelfAttention", "check_images", "sinusoid", "standardize"]
+__all__ = ["Conditioning", "Conv", "Dense", "SelfAttention", "check_images", "check_sizes", "sinusoid", "standardize"]
 
 Init = Callable[..., Array]
 Names = tuple[str | None, ...]
@@ -27,6 +28,9 @@ class Dense(nnx.Module):
     """Affine map of the last axes, `[..., *inputs] -> [..., *outputs]`, as one matrix product.
 
     The kernel has the shape `[*inputs, *outputs]` and is drawn by `init`, or by Xavier's uniform rule times `gain`.
+
+    Raises:
+      ValueError: `dtype` is not a floating type.
     """
 
     def __init__(
@@ -46,7 +50,7 @@ class Dense(nnx.Module):
         kernel = (init or xavier)(rngs.params(), shape, jnp.float32)
         self.kernel = parameter(kernel, (*axes[0], *axes[1]))
         self.bias = parameter(jnp.zeros(outputs), axes[1])
-        self.inputs, self.outputs, self.dtype = inputs, outputs, jnp.dtype(dtype)
+        self.inputs, self.outputs, self.dtype = inputs, outputs, _floating(dtype)
 
     def __call__(self, x: Array) -> Array:
         """Maps `x[..., *inputs]`."""
@@ -63,7 +67,7 @@ class Conv(nnx.Module):
     The kernel is drawn by Xavier's uniform rule times `gain`.
 
     Raises:
-      ValueError: `window` is even.
+      ValueError: `window` is even, or `dtype` is not a floating type.
     """
 
     def __init__(
@@ -83,12 +87,18 @@ class Conv(nnx.Module):
         kernel = _xavier(gain, -2, -1)(rngs.params(), shape, jnp.float32)
         self.kernel = parameter(kernel, (None, None, "channels_in", "channels_out"))
         self.bias = parameter(jnp.zeros(channels_out), ("channels_out",))
-        self.dtype = jnp.dtype(dtype)
+        self.dtype = _floating(dtype)
 
     def __call__(self, x: Array) -> Array:
         """Convolves `x[B, H, W, channels_in]`."""
         kernel, bias = (leaf[...].astype(self.dtype) for leaf in (self.kernel, self.bias))
         return _convolve(x.astype(self.dtype), kernel) + bias
+
+
+def _floating(dtype: DTypeLike) -> jnp.dtype:
+    """The type of a layer's arithmetic, checked: in integers every weight would silently be 0."""
+    check_floating(dtype=jax.ShapeDtypeStruct((), dtype))
+    return jnp.dtype(dtype)
 
 
 def _xavier(gain: float, inputs: int | tuple[int, ...], outputs: int | tuple[int, ...]) -> Init:
@@ -182,9 +192,10 @@ class Conditioning(nnx.Module):
 
     def __call__(self, noise_level: Array, label: Array | None, batch: int) -> Array:
         """Maps `(noise_level[B], label[B])` to `[B, width]`; no label is the null class, a wrong one gives NaN."""
+        noise_level = jnp.asarray(noise_level)
         if noise_level.shape != (batch,):
             raise ValueError(f"noise_level must have shape ({batch},) like the batch of x, got {noise_level.shape}")
-        label = jnp.full(batch, self.classes) if label is None else label
+        label = jnp.full(batch, self.classes) if label is None else jnp.asarray(label)
         if label.shape != (batch,) or not jnp.issubdtype(label.dtype, jnp.integer):
             raise ValueError(f"label must be integers of shape ({batch},), got {label.dtype} of {label.shape}")
         level = self.out(jax.nn.silu(self.hidden(sinusoid(noise_level, self.frequencies, scale=100.0))))
@@ -194,6 +205,14 @@ class Conditioning(nnx.Module):
 
 
 def check_images(x: Array, shape: tuple[int, int, int]) -> None:
-    """Raises a ValueError unless `x` has the shape `[B, *shape]`."""
+    """Raises a ValueError unless `x` is floating and has the shape `[B, *shape]`."""
+    check_floating(x=x)
     if x.ndim != 4 or x.shape[1:] != shape:
         raise ValueError(f"x must have shape [B, {', '.join(map(str, shape))}], got {x.shape}")
+
+
+def check_sizes(least: int = 1, **sizes: int) -> None:
+    """Raises a ValueError, `width must be an integer of at least 1, got 0`, unless all sizes are."""
+    for name, size in sizes.items():
+        if not isinstance(size, (int, np.integer)) or size < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {size!r}")

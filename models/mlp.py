@@ -6,7 +6,8 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from esscher.models.layers import Conditioning, Dense
+from esscher.core.arrays import check_floating
+from esscher.models.layers import Conditioning, Dense, check_sizes
 
 __all__ = ["MLP"]
 
@@ -38,7 +39,12 @@ class MLP(nnx.Module):
           classes: number of classes; label `classes` is the null class, the only one by default.
           dtype: of the arithmetic; parameters are float32.
           rngs: Flax's random streams.
+
+        Raises:
+          ValueError: sizes that are not positive integers (`classes` may be 0), or a `dtype` that is not floating.
         """
+        check_sizes(dimension=dimension, width=width, depth=depth)
+        check_sizes(0, classes=classes)
 
         def dense(inputs, outputs, *axes, gain=1.0):
             return Dense((inputs,), (outputs,), axes, gain=gain, dtype=dtype, rngs=rngs)
@@ -63,8 +69,9 @@ class MLP(nnx.Module):
           `[B, dimension]` in the dtype of `x`.
 
         Raises:
-          ValueError: wrong shapes, or labels that are not integers.
+          ValueError: wrong shapes, points that are not floating, or labels that are not integers.
         """
+        check_floating(x=x)
         if x.ndim != 2 or x.shape[1] != self.dimension:
             raise ValueError(f"x must have shape [B, {self.dimension}], got {x.shape}")
         condition = self.conditioning(noise_level, label, x.shape[0])

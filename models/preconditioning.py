@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from esscher.core.arrays import at_least_float32, check_per_example, expand_like
+from esscher.core.arrays import at_least_float32, check_floating, check_known, check_per_example, expand_like
 from esscher.core.contracts import Prediction, Predictor
 from esscher.core.schedules import Schedule
 
@@ -31,10 +31,15 @@ def edm_denoiser(apply: Callable[..., Array], sigma_data: float | Array = 0.5) -
 
     Returns:
       `denoise(params, x[B, ...], sigma, *conditions)`, of the shape and dtype of `x`; `sigma` is `[B]` or a scalar, any
-      other shape raises a ValueError.
+      other shape raises a ValueError, as does an `x` that is not floating.
+
+    Raises:
+      ValueError: `sigma_data` is not above 0, where that is known.
 
     Reference: Elucidating the Design Space of Diffusion-Based Generative Models, arXiv:2206.00364.
     """
+
+    check_known(lambda d: d > 0, "above 0", sigma_data=sigma_data)
 
     def denoise(params: Any, x: Array, sigma: Array, *conditions: Any) -> Array:
         sigma = _one_per_example("sigma", sigma, x)
@@ -54,20 +59,22 @@ def denoiser_predictor(denoise: Callable[[Array, Array], Array], schedule: Sched
 
         data = D(x / alpha, sigma / alpha),   noise = (x - alpha data) / sigma,   and noise = 0 where sigma = 0
 
-    Undefined, and then not finite, where `alpha = 0`: end such a schedule's time grid just before pure noise.
+    The ratio is at most 10,000: with it in place of the infinite one at `alpha = 0`, grids may begin at pure noise.
+    There a denoiser is asked far beyond the levels that most are trained on, so it must know that it sees noise only.
 
     Args:
       denoise: `(x[B, ...], sigma[B]) -> E[x_0 | x]`, with parameters and conditions bound.
       schedule: the noise schedule of the states to predict from.
 
     Returns:
-      A predictor; its time may be a scalar.
+      A predictor of floating states; its time may be a scalar.
     """
 
     def predict(x: Array, t: Array) -> Prediction:
         t = _one_per_example("t", t, x)
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        data = denoise(x / expand_like(alpha, x).astype(x.dtype), sigma / alpha)
+        clipped = jnp.maximum(alpha, 1e-4 * sigma)
+        data = denoise(x / expand_like(clipped, x).astype(x.dtype), sigma / clipped)
         # Two wheres: the first keeps the division, and with it the gradient, finite at sigma = 0.
         noise = (x - expand_like(alpha, x) * data) / expand_like(jnp.where(sigma > 0, sigma, 1), x)
         return Prediction(data, jnp.where(expand_like(sigma, x) > 0, noise, 0).astype(x.dtype))
@@ -76,5 +83,6 @@ def denoiser_predictor(denoise: Callable[[Array, Array], Array], schedule: Sched
 
 
 def _one_per_example(name: str, values: Array, x: Array) -> Array:
+    check_floating(x=x)
     check_per_example(x, **{name: values})
     return jnp.broadcast_to(at_least_float32(values), x.shape[:1])

@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from esscher.models.functional import parameter
-from esscher.models.layers import Conditioning, Conv, Dense, SelfAttention, check_images, standardize
+from esscher.models.layers import Conditioning, Conv, Dense, SelfAttention, check_images, check_sizes, standardize
 
 __all__ = ["GroupNorm", "ResidualBlock", "UNet"]
 
@@ -105,7 +105,7 @@ class UNet(nnx.Module):
         width: int = 32,
         multipliers: tuple[int, ...] = (1, 2),
         blocks: int = 2,
-        attention: tuple[int, ...] = (8,),
+        attention: tuple[int, ...] | None = None,
         classes: int = 10,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -118,18 +118,21 @@ class UNet(nnx.Module):
           width: channels at the finest level, at least 4.
           multipliers: channels of each level from fine to coarse, in multiples of `width`.
           blocks: residual blocks per level going down; there is one more going up.
-          attention: resolutions at which blocks end with self-attention; the coarsest point of the network always does.
+          attention: resolutions, of those of the levels, at which blocks end with self-attention; by default 8, if a
+            level has it. The coarsest point of the network always does.
           classes: number of classes; label `classes` is the null class.
           dtype: of the arithmetic; parameters are float32.
           rngs: Flax's random streams.
 
         Raises:
-          ValueError: sizes that do not divide.
+          ValueError: sizes that are not positive integers (`classes` may be 0) or do not divide, a `width` below 4, no
+            levels, an `attention` at a resolution that no level has, a `dtype` that is not floating.
         """
-        if image_size % 2 ** (len(multipliers) - 1):
-            raise ValueError(f"image_size must be a multiple of {2 ** (len(multipliers) - 1)}, got {image_size}")
-        if width < 4:
-            raise ValueError(f"width must be at least 4, got {width}")
+        check_sizes(image_size=image_size, channels=channels, blocks=blocks)
+        check_sizes(4, width=width)
+        check_sizes(0, classes=classes)
+        _check_levels(image_size, multipliers, attention or ())
+        attention = (8,) if attention is None else attention
         self.image_size, self.channels = image_size, channels
         self.conditioning = Conditioning(4 * width, classes, dtype=dtype, rngs=rngs)
         self.input = Conv(channels, width, dtype=dtype, rngs=rngs)
@@ -155,6 +158,21 @@ class UNet(nnx.Module):
             h = h if block.resample else jnp.concatenate([h, kept.pop()], axis=-1)
             h = block(h, condition)
         return self.out(jax.nn.silu(self.norm(h))).astype(x.dtype)
+
+
+def _check_levels(image_size: int, multipliers: tuple[int, ...], attention: tuple[int, ...]) -> None:
+    for name, values in (("multipliers", multipliers), ("attention", attention)):
+        if not isinstance(values, (tuple, list)):
+            raise ValueError(f"{name} must be a tuple, got {values!r}")
+    if not multipliers:
+        raise ValueError("multipliers must have one entry per level, got none")
+    check_sizes(**{f"multipliers[{level}]": multiplier for level, multiplier in enumerate(multipliers)})
+    divisor = 2 ** (len(multipliers) - 1)
+    if image_size % divisor:
+        raise ValueError(f"image_size must be a multiple of {divisor}, got {image_size}")
+    resolutions = tuple(image_size >> level for level in range(len(multipliers)))
+    if not set(attention) <= set(resolutions):
+        raise ValueError(f"attention must be at resolutions among {resolutions}, got {attention}")
 
 
 def _layout(

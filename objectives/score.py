@@ -20,6 +20,7 @@ from esscher.core.arrays import (
     Reduce,
     at_least_float32,
     check_floating,
+    check_known,
     check_per_example,
     check_same_shape,
     expand_like,
@@ -91,7 +92,7 @@ def denoising_loss(
       prediction: the model's output at `(x_t, t)`, `[B, ...]`.
       data: `x_0[B, ...]`.
       noise: `eps[B, ...]`, standard normal, of which `x_t = alpha x_0 + sigma eps` was made (`schedules.add_noise`).
-      t: times, `[B]` or scalar; for "score" with `sigma > 0`.
+      t: times, `[B]` or scalar; with `sigma > 0` for "score", and for "velocity" under `vp_linear`.
       schedule: the noise schedule.
       parameterization: what `prediction` is: "data", "noise", "v", "score" or "velocity".
       weight: scalar or `[B]`, for instance `min_snr_weight(t, schedule, parameterization=...)`.
@@ -118,15 +119,16 @@ def edm_loss(
     Args:
       denoised: the preconditioned denoiser's output, `[B, ...]`.
       data: `x_0[B, ...]`.
-      sigma: noise levels, `[B]` or scalar, as `log_normal_noise_levels` draws them.
-      sigma_data: standard deviation of the data.
-      reduce: as in `regression_loss`, as are result and errors.
+      sigma: noise levels, `[B]` or scalar, positive, as `log_normal_noise_levels` draws them.
+      sigma_data: standard deviation of the data, positive.
+      reduce: as in `regression_loss`, as are result and errors; known values that are not positive are refused too.
 
     Reference: Elucidating the Design Space of Diffusion-Based Generative Models, arXiv:2206.00364.
     """
     check_floating(denoised=denoised, data=data, sigma=jnp.asarray(sigma))
     check_same_shape(denoised=denoised, data=data)
     check_per_example(data, sigma=sigma)
+    check_known(lambda sigma: sigma > 0, "above 0", sigma=sigma)
     weight = edm_weight(sigma, schedules.edm(), parameterization="data", sigma_data=sigma_data)
     return regression_loss(denoised, data, weight=weight, reduce=reduce)
 
@@ -159,13 +161,17 @@ def edm_weight(
       t: times, any shape.
       schedule: the noise schedule.
       parameterization: whose squared error is to be weighted.
-      sigma_data: standard deviation of the data.
+      sigma_data: standard deviation of the data, positive.
 
     Returns:
       The weights, of the shape of `t`, in float32 at least.
 
+    Raises:
+      ValueError: an unknown parameterization, or a known hyperparameter that should be positive and is not.
+
     Reference: Elucidating the Design Space of Diffusion-Based Generative Models, arXiv:2206.00364.
     """
+    check_known(lambda sigma_data: sigma_data > 0, "above 0", sigma_data=sigma_data)
     logs = _logs(t, schedule)
     return _weight(jnp.logaddexp(logs.snr, -2 * jnp.log(sigma_data)), logs, parameterization)
 
@@ -178,11 +184,12 @@ def min_snr_weight(
     On the noise error that is `min(snr, gamma) / snr`, and 1 at `snr = 0`.
 
     Args:
-      t: and `schedule`, `parameterization` and the result as in `edm_weight`.
+      t: and `schedule`, `parameterization`, the result and errors as in `edm_weight`.
       gamma: the largest weight on the data error, positive.
 
     Reference: Efficient Diffusion Training via Min-SNR Weighting Strategy, arXiv:2303.09556.
     """
+    check_known(lambda gamma: gamma > 0, "above 0", gamma=gamma)
     logs = _logs(t, schedule)
     return _weight(jnp.minimum(logs.snr, jnp.log(gamma)), logs, parameterization)
 
@@ -198,12 +205,13 @@ def p2_weight(
     """Perception-prioritised weight, `1 / (k + snr)^gamma` on the noise error.
 
     Args:
-      t: and `schedule`, `parameterization` and the result as in `edm_weight`.
+      t: and `schedule`, `parameterization`, the result and errors as in `edm_weight`.
       k: keeps the weight finite at `snr = 0`, positive.
       gamma: how strongly low noise is weighted down; 0 is the plain noise loss.
 
     Reference: Perception Prioritized Training of Diffusion Models, arXiv:2204.00227.
     """
+    check_known(lambda k: k > 0, "above 0", k=k)
     logs = _logs(t, schedule)
     return _weight(logs.snr - gamma * jnp.logaddexp(jnp.log(k), logs.snr), logs, parameterization)
 
@@ -212,8 +220,8 @@ def likelihood_weight(t: Array, schedule: Schedule, *, parameterization: Paramet
     r"""The weight of the variational bound, `-snr'(t) / 2` on the data error; use it with `reduce="sum"`.
 
     The time integral of the loss, in nats, exceeds that of the exact denoiser by `KL(p || q)` at the clean end minus
-    that at the noisy end, where `q` is the law whose denoiser the model is. Infinite at `t = 0` and for the noise error
-    at both ends: integrate over times in between.
+    that at the noisy end, where `q` is the law whose denoiser the model is. At the ends of time it is infinite, 0 or
+    undefined, as the parameterization has it: integrate over times in between.
 
     Arguments and result as in `edm_weight`.
 
@@ -330,10 +338,12 @@ def nonnegative_score_matching_loss(score_fn: Callable[[Array], Array], x: Array
     Up to a constant of the data it is `sum_i x_i^2 (psi_i - d_i log p)^2 / 2`: the factor `x^2` makes the boundary term
     at 0 vanish, which plain score matching needs a density that is zero there for.
 
-    `x[B, ...]` is positive; otherwise arguments, result and errors as in `implicit_score_matching_loss`.
+    `x[B, ...]` is positive, known values below 0 are refused; otherwise arguments, result and errors as in
+    `implicit_score_matching_loss`. The loss is Hyvärinen's (Some Extensions of Score Matching, 2007).
 
     Reference: Dale meets Langevin: A Multiplicative Denoising Diffusion Model, arXiv:2510.02730.
     """
+    check_known(lambda least: least >= 0, "at least 0", x=jnp.min(x, initial=0.0))
     # The first two terms are the divergence of x^2 psi.
     return autodiff.divergence(lambda x: x**2 * score_fn(x), x) + 0.5 * squared_norm(x * score_fn(x))
 

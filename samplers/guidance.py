@@ -4,14 +4,15 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from esscher.core.arrays import check_per_example, expand_like, one_per_example, reduce_events
+from esscher.core.arrays import check_known, check_per_example, expand_like, is_known, one_per_example, reduce_events
 from esscher.core.contracts import Prediction, Predictor
 from esscher.core.schedules import Schedule
 from esscher.samplers.steppers.coefficients import shift_score
 
-__all__ = ["Weight", "cfg", "cfg_plus_plus", "classifier", "interval", "mix", "rescale"]
+__all__ = ["Weight", "autoguidance", "cfg", "cfg_plus_plus", "classifier", "interval", "mix", "rescale"]
 
 Weight = float | Array | Callable[[Array], Array]
 """A guidance weight: a scalar, one per example `[B]`, or a function of time `t[B] -> [B]`."""
@@ -27,7 +28,7 @@ def mix(predictors: Sequence[Predictor], weights: Sequence[Weight]) -> Predictor
     """Linear mix of predictors: `out = p_0 + sum_k w_k (p_k - p_0)`, on both terms of the prediction.
 
     The first predictor is the base and gets what the others leave, `1 - sum_k w_k`: so the mix still puts `x` together.
-    Classifier-free guidance is `(uncond, cond)`, autoguidance `(weak, strong)`, guidance towards one prompt and away
+    `cfg` is `(uncond, cond)`, `autoguidance` `(weak, strong)`, guidance towards one prompt and away
     from another `(uncond, wanted, unwanted)` with weights `(w, -v)`.
 
     Args:
@@ -58,8 +59,8 @@ def mix(predictors: Sequence[Predictor], weights: Sequence[Weight]) -> Predictor
 def cfg(cond: Predictor, uncond: Predictor, w: Weight) -> Predictor:
     """Classifier-free guidance: `out = uncond + w (cond - uncond)`, on both terms of the prediction.
 
-    With a weaker model in the place of `uncond` it is autoguidance; with a base and an aligned model it slides between
-    them. It does not sample `p_uncond^(1-w) p_cond^w` (see `core.exact.gaussians.cfg_law` for what it samples).
+    With a weaker model in the place of `uncond` it is `autoguidance`; with a base and an aligned model it slides
+    between them. It does not sample `p_uncond^(1-w) p_cond^w` (see `core.exact.gaussians.cfg_law` for what it samples).
 
     Args:
       cond: conditional predictor.
@@ -74,20 +75,49 @@ def cfg(cond: Predictor, uncond: Predictor, w: Weight) -> Predictor:
     return mix((uncond, cond), (w,))
 
 
-def interval(w: float | Array, low: float | Array, high: float | Array) -> Callable[[Array], Array]:
+def autoguidance(strong: Predictor, weak: Predictor, w: Weight) -> Predictor:
+    """Autoguidance: `out = weak + w (strong - weak)`, away from what a bad version of the model gets wrong.
+
+    Both models have the same condition, or none, so that their difference is their errors' and not a class's.
+
+    Args:
+      strong: the model.
+      weak: a smaller or less trained model of the same law, the worse for the same reasons.
+      w: guidance weight: a scalar, `[B]`, or a function of time; 1 is the strong model.
+
+    Raises:
+      ValueError: `w` is neither a scalar nor `[B]`.
+
+    Reference: Guiding a Diffusion Model with a Bad Version of Itself, arXiv:2406.02507.
+    """
+    return cfg(strong, weak, w)
+
+
+def interval(w: Weight, low: float | Array, high: float | Array) -> Callable[[Array], Array]:
     """A weight for `cfg` that guides only while `low <= t <= high`: `w` there, and 1 (the conditional model) elsewhere.
 
     Args:
-      w: weight inside, a scalar or `[B]`.
-      low: lower end, in the schedule's time.
-      high: upper end.
+      w: weight inside: a scalar, `[B]`, or a function of time.
+      low: lower end, in the schedule's time, a scalar or `[B]`.
+      high: upper end, likewise, not below `low`.
 
     Returns:
       The function `t[B] -> [B]`.
 
+    Raises:
+      ValueError: `high` is below `low`, where both are known; once called, a value that is neither a scalar nor `[B]`.
+
     Reference: Applying Guidance in a Limited Interval Improves Sample and Distribution Quality, arXiv:2404.07724.
     """
-    return lambda t: jnp.where((t >= low) & (t <= high), w, 1.0)
+    if is_known(low):
+        check_known(lambda high: high >= np.asarray(low), f"at least low={low}", high=high)
+
+    def weight(t: Array) -> Array:
+        t = jnp.asarray(t)
+        check_per_example(t, low=low, high=high)
+        return jnp.where((t >= low) & (t <= high), _weight(w, t, t), 1.0)
+
+    return weight
 
 
 def cfg_plus_plus(cond: Predictor, uncond: Predictor, w: Weight) -> Predictor:
@@ -123,8 +153,11 @@ def rescale(guided: Predictor, cond: Predictor, phi: Weight, schedule: Schedule)
     out, a `v`, which is the data term at the noise end, where contrast is decided; here it is the data term always, and
     the noise term follows it, `eps' = (x - alpha D') / sigma`, so the parameterisation of the model does not matter.
 
+    That undoes CFG++, whose noise term is to stay unconditional: write
+    `cfg_plus_plus(rescale(cfg(cond, uncond, w), cond, phi, schedule), uncond, 1.0)`.
+
     Args:
-      guided: the guided predictor, such as `cfg(...)`.
+      guided: the guided predictor, whose two terms put `x` together, such as `cfg(...)`.
       cond: conditional predictor, whose contrast is wanted.
       phi: share of the pull, in `[0, 1]`, 0.7 in the paper: a scalar, `[B]`, or a function of time.
       schedule: the noise schedule of `x`; `sigma(t) > 0`.
@@ -158,10 +191,11 @@ def classifier(
 
     `eps' = eps - w sigma grad` and `D' = D + w (sigma^2 / alpha) grad`, which still put `x` together. At `w = 1`, with
     the exact `p(y | x_t)`, it is the conditional model. Where `alpha = 0` the state says nothing of `y`, the gradient
-    is 0 and the data term stays.
+    is 0 and the data term stays. For CFG++, whose noise term is to stay unconditional, write
+    `cfg_plus_plus(classifier(uncond, log_prob, w, schedule), uncond, 1.0)`.
 
     Args:
-      predictor: unconditional predictor.
+      predictor: unconditional predictor, whose two terms put `x` together.
       log_prob: `(x_t[B, ...], t[B]) -> [B]`, log-probability of the class asked for, of a classifier of noisy states.
       w: guidance weight: a scalar, `[B]`, or a function of time.
       schedule: the noise schedule of `x`.

@@ -6,7 +6,7 @@ from jax import Array
 
 from esscher.core.contracts import Predictor
 from esscher.core.schedules import Schedule
-from esscher.samplers.integration import check_inputs
+from esscher.samplers.integration import check_inputs, check_prediction
 
 __all__ = ["invert"]
 
@@ -22,7 +22,7 @@ def invert(predictor: Predictor, x: Array, times: Array, schedule: Schedule, *, 
 
     For a plain model `eps_D = eps`. With CFG++ it is the guided noise, as its inversion wants. If the noise terms do
     not depend on the state, sampling from the result gives `x` back exactly, otherwise to first order in the steps.
-    Begin the grid where `alpha > 0`: at `alpha = 0` nothing of `x` is left to come back from.
+    The grid may begin at `alpha = 0`: the step up to there leaves the state as it is, also right to first order.
 
     Args:
       predictor: `(x_t[B, ...], t[B]) -> Prediction`.
@@ -39,11 +39,11 @@ def invert(predictor: Predictor, x: Array, times: Array, schedule: Schedule, *, 
 
     Reference: Denoising Diffusion Implicit Models, arXiv:2010.02502.
     """
-    check_inputs(x, times)
+    x, times = check_inputs(x, times)
 
     def body(x, step):
         t, s = step
-        prediction = predictor(x, jnp.broadcast_to(t, x.shape[:1]))
+        prediction = check_prediction(predictor(x, jnp.broadcast_to(t, x.shape[:1])))
         data = (x - schedule.sigma(s) * prediction.noise) / schedule.alpha(s)
         scaled_noise = x - schedule.alpha(t) * prediction.data  # sigma_t eps_D
         return (schedule.alpha(t) * data + scaled_noise).astype(x.dtype), None

@@ -66,7 +66,7 @@ def pf_ode_solve(
 
     Reference: AdjointDPM, arXiv:2307.10711.
     """
-    check_inputs(x, times)
+    x, times = check_inputs(x, times)
     check_floating(**{f"params{jax.tree_util.keystr(path)}": leaf for path, leaf in jax.tree.leaves_with_path(params)})
     if method not in ("euler", "midpoint"):
         raise ValueError(f'method must be "euler" or "midpoint", got {method!r}')

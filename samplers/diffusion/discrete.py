@@ -328,7 +328,7 @@ def confidence_unmask(
     Reference: Large Language Diffusion Models, arXiv:2502.09992; MaskGIT: Masked Generative Image Transformer,
       arXiv:2202.04200.
     """
-    check_times(times)
+    times = check_times(times)
     check_tokens(x=x)
     check_per_example(x, temperature=temperature)
     check_known(lambda tau: tau >= 0, "at least 0", temperature=temperature)

@@ -152,7 +152,7 @@ def simplex_euler(
 
     Reference: Gumbel-Softmax Flow Matching with Straight-Through Guidance, arXiv:2503.17361.
     """
-    check_inputs(x, times)
+    x, times = check_inputs(x, times)
     _check(x, times[0])
     tau = simplex_temperature(times, tau_max=tau_max, decay=decay)
 

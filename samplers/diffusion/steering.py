@@ -36,7 +36,7 @@ def steps(times: Array) -> tuple[Array, Array]:
     Raises:
       ValueError: as `integrate`.
     """
-    check_times(times)
+    times = check_times(times)
     return times[:-1], times[1:]
 
 

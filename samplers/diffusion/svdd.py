@@ -118,7 +118,7 @@ def svdd(
       arXiv:2408.08252.
     """
     check_kernel(kernel=kernel, proposal=proposal or kernel)
-    check_times(times)
+    times = check_times(times)
     first = jax.tree.leaves(x)[0]
     check_per_example(first, beta=beta)
     check_known(lambda value: value >= 0, "at least 0", beta=beta)

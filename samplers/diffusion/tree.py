@@ -89,7 +89,7 @@ def grow_tree(
     Reference: Diffusion Tree Sampling, arXiv:2506.20701.
     """
     check_kernel(kernel=kernel)
-    check_times(times)
+    times = check_times(times)
     check_per_example(x, beta=beta)
     check_known(lambda value: value > 0, "above 0", beta=beta, widening=widening)
     check_known(lambda value: (value > 0) & (value <= 1), "in (0, 1]", exponent=exponent)

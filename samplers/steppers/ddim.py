@@ -2,6 +2,7 @@
 
 from jax import Array
 
+from esscher.core.arrays import check_known
 from esscher.core.contracts import Stepper
 from esscher.core.schedules import Schedule
 from esscher.samplers.steppers.coefficients import first_order, noise_levels, standard_normal, step_coefficients
@@ -19,8 +20,13 @@ def ddim(schedule: Schedule, eta: float | Array | None = None) -> Stepper:
       schedule: the noise schedule.
       eta: noise, in `[0, 1]`; None is 0 without the cost of drawing noise that is not used.
 
+    Raises:
+      ValueError: `eta` is outside `[0, 1]`, where it is known.
+
     Reference: Denoising Diffusion Implicit Models, arXiv:2010.02502.
     """
+    if eta is not None:
+        check_known(lambda eta: (eta >= 0) & (eta <= 1), "in [0, 1]", eta=eta)
 
     def step(key, x, prediction, t, s, carry, predictor):
         c = step_coefficients(schedule, t, s)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from esscher.core.arrays import check_known
 from esscher.core.contracts import Stepper
 from esscher.core.schedules import Schedule
 from esscher.samplers.steppers.coefficients import StepCoefficients, first_order, phis, step_coefficients
@@ -38,8 +39,12 @@ def dpm_solver_2(schedule: Schedule, r1: float | Array = 0.5) -> Stepper:
       schedule: the noise schedule.
       r1: where in the step the second evaluation is made, in `(0, 1]`.
 
+    Raises:
+      ValueError: `r1` is not, where it is known.
+
     Reference: DPM-Solver, arXiv:2206.00927.
     """
+    check_known(lambda r: (r > 0) & (r <= 1), "in (0, 1]", r1=r1)
 
     def correction(c: StepCoefficients, change_at: Callable) -> Array:
         return jnp.expm1(c.finite_h) / (2 * r1) * change_at(r1, 0.0)
@@ -59,8 +64,12 @@ def dpm_solver_3(schedule: Schedule, r1: float | Array = 1 / 3, r2: float | Arra
       r1: where the second evaluation is made, in `(0, 1)`.
       r2: where the third is made, in `(0, 1)`; other values than 2/3 lower the order to 2.
 
+    Raises:
+      ValueError: `r1` or `r2` is outside `(0, 1)`, where it is known.
+
     Reference: DPM-Solver, arXiv:2206.00927.
     """
+    check_known(lambda r: (r > 0) & (r < 1), "in (0, 1)", r1=r1, r2=r2)
 
     def correction(c: StepCoefficients, change_at: Callable) -> Array:
         z = r2 * c.finite_h

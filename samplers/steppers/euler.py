@@ -8,9 +8,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from esscher.core.arrays import safe_sqrt
+from esscher.core.arrays import check_known, is_known, safe_sqrt
 from esscher.core.contracts import Prediction, Predictor, Stepper
 from esscher.core.schedules import Schedule
 from esscher.samplers.steppers.coefficients import standard_normal
@@ -83,14 +84,23 @@ def edm_stochastic(
 
     Args:
       schedule: `ve` or `edm`, where time is the noise level.
-      n: number of steps of the grid.
-      churn: total amount of added noise.
+      n: number of steps of the grid, at least 1.
+      churn: total amount of added noise, at least 0.
       sigma_low: no noise is added below this level.
       sigma_high: nor above this one.
       noise_scale: inflation of the added noise.
 
+    Raises:
+      ValueError: where it is known, a schedule whose `alpha` is not 1, `n` below 1 or a negative `churn`.
+
     Reference: Elucidating the Design Space of Diffusion-Based Generative Models, arXiv:2206.00364.
     """
+    with jax.ensure_compile_time_eval():  # known under `jit` too, but for a schedule that is itself traced
+        alpha = schedule.alpha(jnp.asarray(0.5))
+    if is_known(alpha) and np.asarray(alpha) != 1:
+        raise ValueError(f"schedule must be ve or edm, whose alpha is 1, got alpha(0.5) = {alpha}")
+    check_known(lambda n: n >= 1, "at least 1", n=n)
+    check_known(lambda churn: churn >= 0, "at least 0", churn=churn)
 
     def step(key, x, prediction, t, s, carry, predictor):
         active = (t >= sigma_low) & (t <= sigma_high)

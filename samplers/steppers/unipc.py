@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from esscher.core.contracts import Stepper
@@ -47,7 +48,7 @@ def unipc(schedule: Schedule, order: int = 2, *, variant: Variant = "bh2", corre
 
     Reference: UniPC, arXiv:2302.04867.
     """
-    if order not in (1, 2, 3):
+    if not isinstance(order, (int, np.integer)) or order not in (1, 2, 3):
         raise ValueError(f"order must be 1, 2 or 3, got {order!r}")
     if variant not in get_args(Variant):
         raise ValueError(f"variant must be one of {get_args(Variant)}, got {variant!r}")

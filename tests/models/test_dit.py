@@ -141,6 +141,10 @@ def test_forward_pass_agrees_with_numpy(build, randomize):
         ({"image_size": 5}, "image_size must be a multiple of 2, got 5"),
         ({"width": 10}, "width must be a multiple of 4, got 10"),
         ({"heads": 3}, "width must be a multiple of heads=3, got 8"),
+        ({"heads": 0}, "heads must be an integer of at least 1, got 0"),
+        ({"patch": 0}, "patch must be an integer of at least 1, got 0"),
+        ({"depth": -1}, "depth must be an integer of at least 1, got -1"),
+        ({"image_size": 0}, "image_size must be an integer of at least 1, got 0"),
     ],
 )
 def test_sizes_that_do_not_divide_are_rejected(sizes, message):

@@ -129,16 +129,26 @@ def test_stacked_modules_are_distinct_and_come_back_in_order():
     assert logical_axes(plain) == {"kernel": ("layers", None, None), "bias": ("layers", None)}
 
 
-def test_a_network_split_over_a_mesh_by_its_names_gives_the_same_numbers(build, randomize):
-    network = build(NETWORKS["dit"])
+@pytest.mark.parametrize(
+    ("name", "shards"),
+    [
+        ("dit", [("blocks.hidden", (2, 4, 16)), ("blocks.attention.qkv", (2, 4, 1, 3, 4)), ("modulation", (4, 2, 4))]),
+        ("unet", [("down.0.conv_in", (3, 3, 2, 2)), ("down.0.modulation", (8, 2, 2)), ("input", (3, 3, 1, 2))]),
+    ],
+)
+def test_a_network_split_over_a_mesh_by_its_names_gives_the_same_numbers(name, shards, build, randomize):
+    """And each of the four devices that share the parameters keeps a quarter of most of them."""
+    network = build(NETWORKS[name])
     shapes = jax.eval_shape(network.init, jax.random.key(0))
     mesh = meshes.make(data=2, fsdp=2, tensor=2)
     layout = meshes.shardings(mesh, meshes.parameter_specs(network.axes, shapes, mesh))
     params, level, label = randomize(network), jnp.linspace(-1, 1, 8), jnp.arange(8) % 4
     x = jax.random.normal(jax.random.key(1), (8, 4, 4, 1))
     split = jax.device_put(params, layout)
-    assert split["blocks"]["hidden"]["kernel"].addressable_shards[0].data.shape == (2, 4, 16)
-    assert split["blocks"]["attention"]["qkv"]["kernel"].addressable_shards[0].data.shape == (2, 4, 1, 3, 4)
+    kept = jax.tree.map(lambda leaf: leaf.addressable_shards[0].data, split)
+    for path, shape in shards:
+        assert functools.reduce(lambda tree, part: tree[part], path.split("."), kept)["kernel"].shape == shape
+    assert sum(leaf.size for leaf in jax.tree.leaves(kept)) < 0.4 * sum(leaf.size for leaf in jax.tree.leaves(params))
     batch = jax.device_put((x, level, label), jax.sharding.NamedSharding(mesh, meshes.BATCH))
     alone = network.apply(params, x, level, label)
     np.testing.assert_allclose(network.apply(split, *batch), alone, rtol=1e-4, atol=1e-5)

@@ -103,6 +103,12 @@ def test_a_window_must_be_odd(window):
         layers.Conv(3, 5, window=window, rngs=RNGS)
 
 
+@pytest.mark.parametrize("make", [layers.Conv, lambda a, b, **kw: layers.Dense((a,), (b,), ((None,), (None,)), **kw)])
+def test_integer_arithmetic_is_rejected(make):
+    with pytest.raises(ValueError, match="dtype must be of a floating type, got int8"):
+        make(3, 5, dtype="int8", rngs=RNGS)
+
+
 def test_heads_must_divide_the_width():
     with pytest.raises(ValueError, match="width must be a multiple of heads=3, got 8"):
         layers.SelfAttention(8, 3, rngs=RNGS)

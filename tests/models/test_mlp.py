@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 
 from esscher.core import schedules
 from esscher.core.exact import GaussianMixture
@@ -19,6 +20,11 @@ def test_number_of_parameters():
     condition = (256 * 20 + 20) + (20 * 20 + 20) + 5 * 20
     expected = condition + (3 * 20 + 20) + 2 * 2 * (20 * 20 + 20) + (20 * 3 + 3)
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == expected
+
+
+def test_without_hidden_layers_there_is_no_network():
+    with pytest.raises(ValueError, match="depth must be an integer of at least 1, got 0"):
+        initializer(functools.partial(MLP, depth=0))
 
 
 def test_trained_on_a_mixture_it_becomes_the_exact_denoiser():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from esscher.models.dit import DiT
+from esscher.models.functional import initializer
 from esscher.models.mlp import MLP
 from esscher.models.unet import UNet
 
@@ -101,6 +102,26 @@ def test_wrong_arguments_are_named(make, event, build, randomize):
         run(x, level, label[:, None])
     with pytest.raises(ValueError, match=r"label must be integers .* got float32"):
         run(x, level, label.astype(float))
+    with pytest.raises(ValueError, match="x must be of a floating type, got int32"):
+        run(x.astype(int), level, label)  # whose result would be cut to integers
+    with pytest.raises(ValueError, match=r"noise_level must have shape \(4,\) .* got \(\)"):
+        run(x, 0.3, label)
+    assert jax.eval_shape(run, x, level, [2, 0, 3, 1]).shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"width": 0}, "width must be an integer of at least [14], got 0"),
+        ({"width": 8.0}, r"width must be an integer of at least [14], got 8\.0"),
+        ({"classes": -1}, "classes must be an integer of at least 0, got -1"),
+        ({"dtype": "int32"}, "dtype must be of a floating type, got int32"),
+    ],
+)
+@each_network
+def test_impossible_sizes_are_named(make, event, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        initializer(functools.partial(make, **sizes))
 
 
 @each_network

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from esscher.core import schedules
+from esscher.core.contracts import Prediction
 from esscher.core.exact import GaussianMixture
 from esscher.models.mlp import MLP
 from esscher.models.preconditioning import denoiser_predictor, edm_denoiser
+from esscher.samplers import integrate, steppers
 
 SIGMA = jnp.array([0.002, 0.1, 0.7, 3.0, 80.0])
 NETWORK = functools.partial(MLP, dimension=3, width=16, depth=1)
@@ -144,6 +146,39 @@ def test_at_time_zero_the_prediction_is_the_state_and_its_gradient_is_finite(nam
     assert not np.any(noise)
     gradient = jax.jit(jax.grad(lambda x: sum(jnp.sum(part**2) for part in predictor(x, 0.0))))(X)
     np.testing.assert_allclose(gradient, 2 * X, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["rectified_flow", "cosine", "trig_flow"])
+def test_grids_may_begin_where_alpha_is_zero(name, x64):
+    """On a Gaussian, whose prediction is known in closed form, paths end where the exact predictor's do."""
+    schedule, mean, variance = getattr(schedules, name)(), 0.6, 0.3
+    denoise = lambda x, sigma: (variance * x + sigma[:, None] ** 2 * mean) / (variance + sigma[:, None] ** 2)  # noqa: E731
+
+    def exact(x, t):
+        alpha, sigma = schedule.alpha(t)[:, None], schedule.sigma(t)[:, None]
+        error = (x - alpha * mean) / (alpha**2 * variance + sigma**2)
+        return Prediction(mean + alpha * variance * error, sigma * error)
+
+    x, times = jnp.array([[-1.3], [0.2], [2.0]]), schedules.uniform_times(5, schedule.t_max)
+    predictor = denoiser_predictor(denoise, schedule)
+    assert schedule.alpha(times[0]) == 0
+    assert np.isfinite(jax.grad(lambda x: sum(jnp.sum(part) for part in predictor(x, times[0])))(x)).all()
+    for make in (steppers.ddim, steppers.heun, steppers.dpm_solver_pp_2m):
+        with jax.disable_jit():
+            ends = [integrate(jax.random.key(0), make(schedule), model, x, times) for model in (predictor, exact)]
+        np.testing.assert_allclose(*ends, atol=1e-3)
+
+
+def test_wrong_values_are_named(network):
+    apply, params = network
+    for denoise in (
+        edm_denoiser(apply),
+        lambda params, x, t: denoiser_predictor(lambda x, s: x, schedules.edm())(x, t),
+    ):
+        with pytest.raises(ValueError, match="x must be of a floating type, got int32"):
+            denoise(params, X.astype(int), SIGMA)
+    with pytest.raises(ValueError, match="sigma_data must be above 0, got 0"):
+        edm_denoiser(apply, 0)
 
 
 def test_wrong_shapes_are_named(network):

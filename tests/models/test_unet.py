@@ -122,7 +122,13 @@ def test_group_norm_is_over_space_and_groups_of_channels(channels, groups, build
     ("sizes", "message"),
     [
         ({"image_size": 6, "multipliers": (1, 2, 2)}, "image_size must be a multiple of 4, got 6"),
-        ({"width": 2}, "width must be at least 4, got 2"),
+        ({"width": 2}, "width must be an integer of at least 4, got 2"),
+        ({"blocks": -1}, "blocks must be an integer of at least 1, got -1"),
+        ({"multipliers": ()}, "multipliers must have one entry per level, got none"),
+        ({"multipliers": (1, 0)}, r"multipliers\[1\] must be an integer of at least 1, got 0"),
+        ({"multipliers": 2}, "multipliers must be a tuple, got 2"),
+        ({"attention": 8}, "attention must be a tuple, got 8"),
+        ({"attention": (8, 3)}, r"attention must be at resolutions among \(8, 4\), got \(8, 3\)"),
     ],
 )
 def test_sizes_that_do_not_fit_are_rejected(sizes, message):

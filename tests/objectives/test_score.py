@@ -345,3 +345,19 @@ def test_a_misspelt_parameterization_is_named():
         score.denoising_loss(x, x, x, t, schedules.cosine(), parameterization="epsilon")
     with pytest.raises(ValueError, match=r"parameterization must be one of .*'epsilon'"):
         score.edm_weight(t, schedules.cosine(), parameterization="epsilon")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x, **on: score.edm_weight(x, sigma_data=0.0, **on), "sigma_data must be above 0, got 0.0"),
+        (lambda x, **on: score.min_snr_weight(x, gamma=-5.0, **on), "gamma must be above 0, got -5.0"),
+        (lambda x, **on: score.p2_weight(x, k=0.0, **on), "k must be above 0, got 0.0"),
+        (lambda x, **on: score.edm_loss(x, x, 0.0), "sigma must be above 0, got 0.0"),
+        (lambda x, **on: score.edm_loss(x, x, x, sigma_data=-0.5), "sigma_data must be above 0, got -0.5"),
+        (lambda x, **on: score.nonnegative_score_matching_loss(wiggly, x - 1), "x must be at least 0, got -0.5"),
+    ],
+)
+def test_hyperparameters_and_data_out_of_range_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(jnp.array([0.5, 0.7]), schedule=schedules.cosine(), parameterization="data")

@@ -1,5 +1,8 @@
 """Guidance against exact conditional laws, against what plain guidance really samples, and against its identities."""
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,11 +95,31 @@ def test_a_weight_of_the_wrong_shape_is_named(bad):
         jax.eval_shape(guidance.rescale(COND, UNCOND, bad, COSINE), X, T)
 
 
+def test_an_interval_that_cannot_be_is_named():
+    predict = guidance.cfg(COND, UNCOND, guidance.interval(jnp.array([2.0, 3.0]), 0.2, 0.6))
+    with pytest.raises(ValueError, match=r"w must be a scalar or have shape \(3,\), got \(2,\)"):
+        predict(X, T)
+    with pytest.raises(ValueError, match=r"high must be at least low=0.6, got 0.4"):
+        guidance.interval(4.0, low=0.6, high=0.4)
+    growing = guidance.interval(lambda t: 10 * t, 0.2, 0.6)  # a weight inside may depend on time, as elsewhere
+    np.testing.assert_allclose(growing(T), [2.0, 5.5, 1.0])
+
+
 def test_bad_mixes_and_classifiers_are_rejected():
     with pytest.raises(ValueError, match="one w for each predictor but the first, got 2 for 2"):
         guidance.mix((COND, UNCOND), (1.0, 2.0))
     with pytest.raises(ValueError, match=r"log_prob must return shape \(3,\), one value per example, got \(3, 2\)"):
         guidance.classifier(UNCOND, lambda x, t: x, 1.0, COSINE)(X, T)
+
+
+def test_autoguidance_of_gaussians_is_the_gaussian_of_extrapolated_precision(gaussian):
+    """p_strong^w p_weak^(1-w) of equal means, at one noise level: sharper than the strong model where w > 1."""
+    strong, weak, w = gaussian(0.4, 0.5), gaussian(0.4, 1.5), 1.8
+    x, t = X[:, :1], T
+    precision = w / (0.5 + t**2) - (w - 1) / (1.5 + t**2)
+    guided = guidance.autoguidance(strong.predictor(EDM), weak.predictor(EDM), w)(x, t)
+    np.testing.assert_allclose(guided.noise, (t * precision)[:, None] * (x - 0.4), rtol=1e-12)
+    np.testing.assert_allclose(guided.data, x - (t**2 * precision)[:, None] * (x - 0.4), rtol=1e-12)
 
 
 # --- what guidance samples --------------------------------------------------------------------------------------------
@@ -171,6 +194,61 @@ def test_on_edm_two_term_two_m_is_the_papers_cfg_plus_plus(line):
     np.testing.assert_allclose(x_2, expected, rtol=1e-12)
 
 
+def two_terms(line, schedule):
+    """CFG++ of two classes as `x, t -> (guided data, unconditional noise, unconditional data)`, and its predictor."""
+    cond, uncond = line._replace(weights=jnp.array([0.01, 0.99])).predictor(schedule), line.predictor(schedule)
+    predict = guidance.cfg_plus_plus(cond, uncond, 0.6)
+
+    def terms(x, t):
+        free = uncond(x, jnp.full(len(x), t))
+        return free.data + 0.6 * (cond(x, jnp.full(len(x), t)).data - free.data), free.noise, free.data
+
+    return terms, predict
+
+
+def at(times, schedule=COSINE):
+    """`alpha`, `sigma` and `lam` at each time."""
+    return (np.asarray(f(jnp.asarray(times))) for f in (schedule.alpha, schedule.sigma, schedule.log_snr_half))
+
+
+def test_cfg_plus_plus_in_one_step_of_dpm_solver(line):
+    """Every state on the way is `alpha D_guided + sigma eps_uncond`, and only the noise term is expanded."""
+    terms, predict = two_terms(line, COSINE)
+    x, t, s = jnp.array([[0.3], [-1.2], [2.0]]), 0.7, 0.4
+    (data, noise, _), (_, _, lam) = terms(x, t), at((t, s))
+    h = lam[1] - lam[0]
+    phi = lambda z: np.expm1(z) / z - 1  # noqa: E731
+    inside = [COSINE.inverse_log_snr_half(lam[0] + r * h) for r in (0.4, 2 / 3)]
+    alpha, sigma, _ = at((*inside, s))
+    states = [a * data + b * noise for a, b in zip(alpha, sigma, strict=True)]
+    change_1 = terms(states[0], inside[0])[1] - noise
+    corrected = states[1] - sigma[1] * (2 / 3 / 0.4) * phi(2 / 3 * h) * change_1
+    change_2 = terms(corrected, inside[1])[1] - noise
+    for stepper, expected in (
+        (steppers.dpm_solver_2(COSINE, r1=0.4), states[2] - sigma[2] * np.expm1(h) * change_1 / (2 * 0.4)),
+        (steppers.dpm_solver_3(COSINE, r1=0.4), states[2] - sigma[2] / (2 / 3) * phi(h) * change_2),
+    ):
+        prediction = predict(x, jnp.full(3, t))
+        end, _ = stepper.step(None, x, prediction, jnp.asarray(t), jnp.asarray(s), (), predict)
+        np.testing.assert_allclose(end, expected, rtol=1e-10)
+
+
+def test_cfg_plus_plus_in_the_corrector_of_unipc(line):
+    """It corrects by the change of the unconditional data term, the one that goes with the state."""
+    terms, predict = two_terms(line, COSINE)
+    x, times, stepper = jnp.array([[0.3], [-1.2], [2.0]]), (0.8, 0.6, 0.45), steppers.unipc(COSINE, 1)
+    alpha, sigma, lam = at(times)
+    data, noise, free = terms(x, times[0])
+    predicted = alpha[1] * data + sigma[1] * noise
+    data_1, noise_1, free_1 = terms(predicted, times[1])
+    moved = -0.5 * alpha[1] * np.expm1(lam[0] - lam[1]) * (free_1 - free)
+    expected = alpha[2] * data_1 + sigma[2] * (noise_1 + moved / sigma[1])
+    carry, end = stepper.init(x), x
+    for t, s in itertools.pairwise(times):
+        end, carry = stepper.step(None, end, predict(end, jnp.full(3, t)), jnp.asarray(t), jnp.asarray(s), carry, None)
+    np.testing.assert_allclose(end, expected, rtol=1e-10)
+
+
 DETERMINISTIC = {
     "ddim": steppers.ddim,
     "euler": steppers.euler,
@@ -206,6 +284,19 @@ def test_rescaling_gives_the_guided_data_the_contrast_of_the_conditional():
     half = guidance.rescale(guided, COND, 0.5, COSINE)
     np.testing.assert_allclose(std(half), 0.5 * (std(guided) + std(COND)), rtol=1e-6)
     assert_consistent(half(X, T))
+
+
+def test_cfg_plus_plus_takes_rescaled_and_classified_data_and_keeps_its_noise():
+    """Written around them, as their documentation has it; inside, they would move the noise term by what they add."""
+    log_prob = lambda x, t: -jnp.sum(x**2, -1)  # noqa: E731
+    rescale = functools.partial(guidance.rescale, cond=COND, phi=1.0, schedule=COSINE)
+    classify = functools.partial(guidance.classifier, log_prob=log_prob, w=0.5, schedule=COSINE)
+    plus = guidance.cfg_plus_plus(COND, UNCOND, 5.0)
+    for change, plain in ((rescale, guidance.cfg(COND, UNCOND, 5.0)), (classify, UNCOND)):
+        inner = change(plain)(X, T)
+        assert_consistent(inner)
+        assert_same(guidance.cfg_plus_plus(change(plain), UNCOND, 1.0)(X, T), inner._replace(noise=UNCOND(X, T).noise))
+        assert np.all(np.abs(change(plus)(X, T).noise - UNCOND(X, T).noise) > 1e-3)
 
 
 def test_rescaling_leaves_data_without_contrast_alone():

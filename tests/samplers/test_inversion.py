@@ -96,9 +96,22 @@ def test_cfg_plus_plus_inverts_where_cfg_does_not(line):
         assert cfg > 8 * cfg_plus_plus
 
 
+def test_from_pure_noise_the_round_trip_is_as_near_as_from_a_little_below(line):
+    """The step up to `alpha = 0` leaves the state as it is."""
+    x, predictor = jnp.linspace(-1.5, 2.5, 5)[:, None], line.predictor(COSINE)
+    errors = []
+    for t_max in (1.0, 0.999):
+        times = schedules.uniform_times(20, t_max)
+        np.testing.assert_allclose(invert(predictor, x, times[:2], COSINE), x, atol=0.0 if t_max == 1.0 else 0.01)
+        errors.append(np.abs(jax.jit(lambda times: round_trip(predictor, x, times, COSINE))(times) - x).max())
+    assert errors[0] < 1.1 * errors[1]
+
+
 def test_bad_input_is_rejected(line):
     predictor, x = line.predictor(COSINE), jnp.zeros((2, 1))
     with pytest.raises(ValueError, match="times must be strictly decreasing"):
         invert(predictor, x, jnp.array([0.0, 0.5, 0.9]), COSINE)
     with pytest.raises(ValueError, match="x must be of a floating type, got int"):
         invert(predictor, x.astype(int), jnp.array([0.9, 0.0]), COSINE)
+    with pytest.raises(ValueError, match=r"predictor must return a Prediction\(data, noise\), got tuple"):
+        invert(lambda x, t: (x, x), x, [0.9, 0.0], COSINE)

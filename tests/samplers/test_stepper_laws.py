@@ -60,6 +60,26 @@ def test_paths_from_pure_noise_to_data_end_near_the_data(line, name):
         assert worst < (0.4 if name in ("euler", "ddim") else 0.2), (index, worst)
 
 
+@pytest.mark.parametrize("name", ["dpm_solver_pp_2m", "sde_dpm_solver_pp_2m", "unipc"])
+def test_a_step_from_pure_noise_leaves_no_history(x64, name):
+    """After a step from `alpha = 0`, whose `lam` is infinite, the next is first order again; the third is not."""
+    stepper, first_order = STEPPERS[name](FLOW), (steppers.ancestral if name in STOCHASTIC else steppers.ddim)(FLOW)
+
+    @jax.jit  # the loop is outside, so that the steps share one compilation
+    def both(x, carry, t, s):
+        data = 0.5 + 0.3 * jnp.tanh(x)
+        arguments = key(0), x, Prediction(data, (x - (1 - t) * data) / t), t, s
+        return first_order.step(*arguments, (), None)[0], *stepper.step(*arguments, carry, None)
+
+    x, gaps = jnp.array([[-0.9], [1.4]]), []
+    carry = stepper.init(x)
+    for t, s in ((1.0, 0.7), (0.7, 0.4), (0.4, 0.2)):
+        plain, x, carry = both(x, carry, t, s)
+        gaps.append(np.abs(x - plain).max())
+    assert max(gaps[:2]) < 1e-12
+    assert gaps[2] > 1e-3
+
+
 def differentiable(name, line):
     """A loss of the model, the start and the grid; from `alpha = 0` to `sigma = 0`, or on EDM's noise levels."""
     schedule, times = FLOW, schedules.shift_time(schedules.uniform_times(4).astype(float), 1.7)

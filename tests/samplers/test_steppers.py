@@ -235,9 +235,26 @@ def test_phi_is_its_integral(z):
 def test_an_unknown_variant_or_order_of_unipc_is_rejected():
     with pytest.raises(ValueError, match=r"variant must be one of \('bh1', 'bh2'\), got 'bh3'"):
         steppers.unipc(COSINE, variant="bh3")
-    for order in (0, 4, 2.5):
+    for order in (0, 4, 2.5, 2.0):
         with pytest.raises(ValueError, match=f"order must be 1, 2 or 3, got {order}"):
             steppers.unipc(COSINE, order)
+
+
+def test_an_evaluation_outside_of_the_step_is_rejected():
+    for r1 in (0.0, 1.5):
+        with pytest.raises(ValueError, match=rf"r1 must be in \(0, 1\], got {r1}"):
+            steppers.dpm_solver_2(COSINE, r1)
+    with pytest.raises(ValueError, match=r"r2 must be in \(0, 1\), got 1\.0"):
+        steppers.dpm_solver_3(COSINE, r2=1.0)
+
+
+def test_a_grid_may_be_a_list_and_what_is_no_prediction_is_named(line):
+    predictor, x = line.predictor(FLOW), jnp.zeros((2, 1))
+    run = lambda predictor, times: integrate(jax.random.key(0), steppers.ddim(FLOW), predictor, x, times)  # noqa: E731
+    np.testing.assert_array_equal(run(predictor, [1.0, 0.4, 0.0]), run(predictor, jnp.array([1.0, 0.4, 0.0])))
+    for bad, name in ((lambda x, t: x, "Tracer"), (lambda x, t: (x, x), "tuple")):
+        with pytest.raises(ValueError, match=rf"predictor must return a Prediction\(data, noise\), got \w*{name}"):
+            run(bad, [1.0, 0.0])
 
 
 @pytest.mark.parametrize("bad", [[0.0, 0.5, 1.0], [1.0, 0.5, 0.5], [1.0, float("nan"), 0.0]])

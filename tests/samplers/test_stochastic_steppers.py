@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from esscher.core import schedules
-from esscher.samplers import integrate, steppers
+from esscher.samplers import guidance, integrate, steppers
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -64,6 +64,25 @@ def test_sde_two_m_is_the_papers_formula(line):
     np.testing.assert_allclose(ends, mean + s_s * np.sqrt(-np.expm1(-2 * h)) * noise, rtol=1e-9)
 
 
+def test_cfg_plus_plus_with_noise_is_cfg_at_the_weight_that_its_step_makes_of_it(line):
+    """One step at l is one with CFG at w = l / (1 - k e^-h), with `k sigma_s` of the noise kept: e^-h if eta is 1."""
+    cond, uncond = line._replace(weights=jnp.array([0.01, 0.99])).predictor(COSINE), line.predictor(COSINE)
+    x, lam = jnp.array([[0.3], [-1.2]]), COSINE.log_snr_half(jnp.array([T, S]))
+    decay = np.exp(lam[0] - lam[1])
+    for stepper, eta in (
+        (steppers.ancestral(COSINE), 1.0),
+        (steppers.sde_dpm_solver_pp_2m(COSINE), 1.0),
+        (steppers.ddim(COSINE, 0.6), 0.6),
+    ):
+        w = 0.6 / (1 - np.sqrt(1 - eta**2 * (1 - decay**2)) * decay)
+        predictors = guidance.cfg_plus_plus(cond, uncond, 0.6), guidance.cfg(cond, uncond, w)
+        ends = [
+            steps_with_their_noise(stepper, predict(x, jnp.full(2, T)), x, T, S, stepper.init(x))[0]
+            for predict in predictors
+        ]
+        np.testing.assert_allclose(*ends, rtol=1e-10)
+
+
 def test_edm_stochastic_without_churn_is_heun(line):
     x, times = jnp.linspace(-10, 10, 7)[:, None], schedules.log_snr_times(5, EDM, 10.0, 0.2)
 
@@ -93,3 +112,22 @@ def test_edm_stochastic_raises_the_noise_before_it_asks_the_model(line):
     np.testing.assert_allclose(seen[0][1], 12.0, rtol=1e-12)
     np.testing.assert_allclose(seen[0][0], x + added, rtol=1e-12)
     np.testing.assert_allclose(seen[2][1], 10 * np.sqrt(2), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: steppers.edm_stochastic(COSINE, 5),
+            r"schedule must be ve or edm, whose alpha is 1, got alpha\(0.5\) =",
+        ),
+        (lambda: steppers.edm_stochastic(EDM, 0), "n must be at least 1, got 0"),
+        (lambda: steppers.edm_stochastic(EDM, 5, -1.0), r"churn must be at least 0, got -1\.0"),
+        (lambda: steppers.ddim(COSINE, 2.0), r"eta must be in \[0, 1\], got 2\.0"),
+    ],
+)
+def test_noise_that_makes_no_sense_is_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda: [make(), 0][1])  # while another program is traced too

@@ -49,6 +49,9 @@ def log_prob(x, t):
     return components(COSINE, x, t)[1][:, 1]
 
 
+DRIVERS = integration.integrate, integration.carried, integration.check_times, integration.check_prediction
+
+
 def sampling(make, *, schedule=COSINE, times=TIMES, keyed=False, covers=(), **hyper):
     """The sampler of one stepper; a deterministic one gets a fixed key, so that the laws of batches see it."""
 
@@ -60,7 +63,7 @@ def sampling(make, *, schedule=COSINE, times=TIMES, keyed=False, covers=(), **hy
         name=public.__name__,
         function=sample,
         arguments={"x": X, "times": times, **({"key": KEY} if keyed else {}), **hyper},
-        covers=(public, integration.integrate, integration.carried, integration.check_times, *covers),
+        covers=(public, *DRIVERS, *covers),
         hyperparameters=tuple(hyper),
         differentiable=("x", *hyper),
         batch=("x",),
@@ -144,6 +147,7 @@ EXAMPLES = [
         bad={"a single time": ("times", jnp.ones(1)), "whole times": ("times", jnp.arange(4))},
     ),
     guided(guidance.cfg, lambda w: guidance.cfg(CLASS_1, UNCOND, w), w=2.5),
+    guided(guidance.autoguidance, lambda w: guidance.autoguidance(CLASS_1, UNCOND, w), w=1.8),
     guided(guidance.cfg_plus_plus, lambda w: guidance.cfg_plus_plus(CLASS_1, UNCOND, w), w=0.6),
     guided(guidance.rescale, lambda phi: guidance.rescale(CLASS_1, UNCOND, phi, COSINE), phi=0.7),
     guided(guidance.classifier, lambda w: guidance.classifier(UNCOND, log_prob, w, COSINE), w=1.5),
@@ -170,5 +174,6 @@ EXAMPLES = [
         hyperparameters=("w", "low", "high"),
         differentiable=("w",),
         batch=("t",),
+        bad={"a weight of another batch": ("w", jnp.ones(5)), "an end of another batch": ("low", jnp.zeros(5))},
     ),
 ]
