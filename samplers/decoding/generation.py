@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from esscher.core.arrays import at_least_float32
 from esscher.core.contracts import LanguageModel, Transform
 from esscher.core.tokens import token_logps
 
@@ -44,8 +45,9 @@ def generate(
 ) -> Generation:
     r"""Continues each prompt by up to `length` tokens, `x_t ~ softmax(transforms(logits(x_{<t})))`.
 
-    The prompt is read once, then one program draws token after token and ends when every row has stopped. It is
-    compiled once for a shape of prompts, so pad them on the left to a few lengths.
+    The prompt is read once, then one program draws token after token and ends when every row has stopped. Call it under
+    `jax.jit`, where it is compiled once for a shape of prompts, and pad those on the left to a few lengths; outside, a
+    model's functions are new ones at every call, and so is the program.
 
     Args:
       key: a random key.
@@ -54,7 +56,8 @@ def generate(
       mask: `[B, T0]`, 0 where the prompt is padding.
       length: number of tokens at most.
       transforms: applied to the logits in order.
-      choose: `(key, logits[B, V]) -> token[B]`; `greedy` takes the most likely one.
+      choose: `(key, logits[B, V]) -> token[B]`; `greedy` takes the most likely one. Log-probabilities are those of
+        `softmax(transforms(logits))` all the same.
       stop: tokens after which a row stops.
       n: that many continuations of each prompt, `[B, n, length]`; the prompt is still read once.
       pad: token to fill up with.
@@ -67,6 +70,7 @@ def generate(
     """
     check_prompt(prompt, mask, length)
     logits, cache = language_model.init(prompt, mask)
+    wide = at_least_float32(logits).dtype  # sampling in bfloat16 would be from another law
     carries = tuple(t.init(prompt, mask, logits.shape[-1]) for t in transforms)
     if n is not None:
         if n < 1:
@@ -75,9 +79,9 @@ def generate(
     rows = logits.shape[0]
 
     def draw(i: Array, logits: Array, carries: tuple, alive: Array, out: Generation) -> tuple[Array, tuple, Array, Any]:
-        shaped = logits
+        shaped = logits = logits.astype(wide)
         for transform, carry in zip(transforms, carries, strict=True):
-            shaped = transform.apply(shaped, carry)
+            shaped = transform.apply(shaped, carry).astype(wide)
         token = choose(jax.random.fold_in(key, i), shaped).astype(jnp.int32)
         model_logp = token_logps(logits, token)
         logp = token_logps(shaped, token) if transforms else model_logp
@@ -94,7 +98,7 @@ def generate(
         return i + 1, token, cache, carries, alive, out
 
     empty = Generation(
-        jnp.full((rows, length), pad, jnp.int32), *(jnp.zeros((rows, length), d) for d in (bool, *(jnp.float32,) * 2))
+        jnp.full((rows, length), pad, jnp.int32), *(jnp.zeros((rows, length), d) for d in (bool, wide, wide))
     )
     token, carries, alive, out = draw(jnp.array(0), logits, carries, jnp.ones(rows, bool), empty)
     state = (jnp.array(1), token, cache, carries, alive, out)
@@ -104,6 +108,7 @@ def generate(
 
 def check_prompt(prompt: Array, mask: Array, length: int) -> None:
     """Raises a ValueError unless the prompt is integers `[B, T0]`, the mask has its shape, and there is a length."""
+    prompt, mask = jnp.asarray(prompt), jnp.asarray(mask)
     if prompt.ndim != 2 or not jnp.issubdtype(prompt.dtype, jnp.integer):
         raise ValueError(f"prompt must be integers [B, T0], got {prompt.dtype} of {prompt.shape}")
     if mask.shape != prompt.shape:

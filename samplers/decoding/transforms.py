@@ -2,16 +2,17 @@ r"""Transforms of next-token logits: temperature, truncations, penalties, biases
 
 Each function makes a `Transform`; `generate` applies several in order, usually masks and penalties first, then the
 temperature, then truncations. Truncations keep all tokens that tie with the last one kept, and always at least one.
-Parameters may be traced.
+Parameters may be traced; where they are not, values that make no sense are refused by a ValueError.
 """
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from esscher.core.arrays import at_least_float32, check_floating, tempered
+from esscher.core.arrays import at_least_float32, check_floating, check_known, tempered
 from esscher.core.contracts import Transform
 from esscher.core.tokens import token_entropy
 
@@ -43,6 +44,7 @@ def temperature(tau: float | Array) -> Transform:
 
     The law of a sequence is then not `p(x)^(1/tau)` renormalised: that of each token is, given those before it.
     """
+    check_known(lambda tau: tau >= 0, "at least 0", tau=tau)
     return stateless(lambda logits: tempered(logits, tau))
 
 
@@ -62,6 +64,7 @@ def top_p(p: float | Array) -> Transform:
 
     Reference: The Curious Case of Neural Text Degeneration, arXiv:1904.09751.
     """
+    check_known(lambda p: ~np.isnan(p), "a number", p=p)
 
     def apply(logits: Array) -> Array:
         descending = -jnp.sort(-logits, axis=-1)
@@ -76,6 +79,7 @@ def min_p(ratio: float | Array) -> Transform:
 
     Reference: Turning Up the Heat: Min-p Sampling for Creative and Coherent LLM Outputs, arXiv:2407.01082.
     """
+    check_known(lambda ratio: ratio >= 0, "at least 0", ratio=ratio)
     return stateless(
         lambda logits: _keep(logits, logits >= logits.max(-1, keepdims=True) + jnp.log(jnp.minimum(ratio, 1)))
     )
@@ -88,6 +92,7 @@ def typical_p(mass: float | Array) -> Transform:
 
     Reference: Locally Typical Sampling, arXiv:2202.00666.
     """
+    check_known(lambda mass: ~np.isnan(mass), "a number", mass=mass)
 
     def apply(logits: Array) -> Array:
         logp = jax.nn.log_softmax(logits, axis=-1)
@@ -117,6 +122,7 @@ def repetition_penalty(theta: float | Array) -> Transform:
 
     Reference: CTRL: A Conditional Transformer Language Model for Controllable Generation, arXiv:1909.05858.
     """
+    check_known(lambda theta: theta > 0, "above 0", theta=theta)
 
     def init(prompt: Array, mask: Array, vocabulary: int) -> Array:
         return _mark(jnp.zeros((prompt.shape[0], vocabulary), bool), jnp.where(mask != 0, prompt, vocabulary))
@@ -146,8 +152,9 @@ def token_mask(allowed: Array) -> Transform:
     """Forbids the tokens where `allowed[V]`, or `allowed[B, V]` with a row for each prompt, is 0.
 
     Raises:
-      ValueError: another rank.
+      ValueError: another rank, or a row that forbids all.
     """
+    check_known(lambda allowed: (allowed != 0).any(-1), "1 for some token of every row", allowed=allowed)
     return _per_token(allowed, "allowed", lambda logits, allowed: _keep(logits, allowed != 0))
 
 

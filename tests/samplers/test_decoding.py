@@ -43,6 +43,28 @@ def assert_law(codes, p):
     assert 0.5 * np.abs(counts / n - p).sum() < np.sum(np.sqrt(2 * p * (1 - p) / (np.pi * n)))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_from_logits_in_half_precision_samples_have_the_law_of_these_logits(dtype):
+    """Gumbel noise in bfloat16 has some hundred values: rare tokens would come too often or never."""
+    logits = jnp.linspace(0, -6, 100).astype(dtype)
+    narrow = decoding.temperature(1.0)._replace(apply=lambda logits, carry: logits.astype(dtype))
+    step = lambda cache, token: (jnp.broadcast_to(logits, (len(token), 100)), ())  # noqa: E731
+    model = LanguageModel(lambda prompt, mask: (logits[None], ()), step)
+    for transforms in ((), (narrow,)):
+        draw = functools.partial(decoding.generate, length=1, n=30_000, transforms=transforms)
+        out = jax.jit(lambda key, draw=draw: draw(key, model, NOTHING, NOTHING))(jax.random.key(0))
+        law = jax.nn.softmax(logits.astype(jnp.float32))
+        assert_law(np.asarray(out.tokens).ravel(), law)
+        np.testing.assert_allclose(out.logp.ravel(), jnp.log(law)[out.tokens.ravel()], atol=1e-5)
+
+
+def test_in_double_precision_so_are_the_log_probabilities(x64):
+    logits = jnp.linspace(0.0, -6.0, 20)
+    model = LanguageModel(lambda prompt, mask: (logits[None], ()), lambda cache, token: (logits[None].repeat(3, 0), ()))
+    out = jax.jit(lambda key: decoding.generate(key, model, NOTHING, NOTHING, 1, n=3))(jax.random.key(0))
+    assert out.logp.dtype == out.model_logp.dtype == jnp.float64
+
+
 def exact(*transforms):
     """The law of all strings when each token is drawn after the transforms, which need no carry."""
     law = MODEL

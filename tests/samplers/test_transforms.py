@@ -193,3 +193,20 @@ def test_wrong_arguments_are_named():
     ):
         with pytest.raises(ValueError, match="logits must be of a floating type"):
             transform.apply(whole, transform.init(nothing, nothing, 11))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: decoding.temperature(-0.5), "tau must be at least 0, got -0.5"),
+        (lambda: decoding.temperature(jnp.array([1.0, jnp.nan])), "tau must be at least 0"),
+        (lambda: decoding.top_p(np.nan), "p must be a number, got nan"),
+        (lambda: decoding.typical_p(np.nan), "mass must be a number, got nan"),
+        (lambda: decoding.min_p(-0.1), "ratio must be at least 0, got -0.1"),
+        (lambda: decoding.repetition_penalty(0.0), "theta must be above 0, got 0.0"),
+        (lambda: decoding.token_mask(jnp.array([[0, 1], [0, 0]])), "allowed must be 1 for some token of every row"),
+    ],
+)
+def test_parameters_that_make_no_sense_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
