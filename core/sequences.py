@@ -1,5 +1,6 @@
 """Prompts and completions: from a file, and into packed rows of one length."""
 
+import codecs
 import json
 import pathlib
 from collections.abc import Sequence
@@ -26,36 +27,40 @@ class Tokens(NamedTuple):
     completion: Sequence[int]
 
 
-def read_jsonl(path: pathlib.Path, fields: Sequence[str] = ("prompt", "completion")) -> list[tuple[str, ...]]:
-    """The given fields of every line of a file, all of them non-empty text.
+def read_jsonl(path: pathlib.Path, fields: Sequence[str] = ("prompt", "completion")) -> dict[int, tuple[str, ...]]:
+    """The given fields of every line of a file, all of them non-empty text, by the number of the line.
 
     Raises:
       UsageError: no such file, an empty one, or lines that are not JSON objects with these fields; the message has the
         number of the first and what is wrong with it.
     """
     try:
-        lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")  # splitlines cuts at U+2028 too
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    found = []
-    for number, line in enumerate(lines, 1):
+        content = pathlib.Path(path).read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
+    found = {}
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
         if line.strip():
-            found.append(_fields(line, fields, f"{path}, line {number}"))
+            found[number] = _fields(line, fields, f"{path}, line {number}")
     if not found:
         raise UsageError(f"{path} has no lines; each must be an object with {', '.join(fields)}")
     return found
 
 
-def _fields(line: str, fields: Sequence[str], where: str) -> tuple[str, ...]:
+def _fields(line: bytes, fields: Sequence[str], where: str) -> tuple[str, ...]:
     wanted = f"must be an object like {json.dumps(dict.fromkeys(fields, '...'))}"
     try:
-        value = json.loads(line)
+        value = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{where}: not UTF-8 ({error.reason} at byte {error.start + 1}); save it as UTF-8") from error
     except json.JSONDecodeError as error:
         raise UsageError(f"{where}: not JSON ({error.msg} at column {error.colno}); it {wanted}") from error
+    except (RecursionError, ValueError) as error:  # brackets in brackets, or a number of thousands of digits
+        raise UsageError(f"{where}: not readable as JSON ({str(error).partition(';')[0]}); it {wanted}") from error
     if not isinstance(value, dict):
         raise UsageError(f"{where}: {type(value).__name__} instead of an object; it {wanted}")
     for name in fields:
-        if not isinstance(value.get(name), str) or not value[name]:
+        if not isinstance(value.get(name), str) or not value[name].strip():
             got = "is missing" if name not in value else f"is {json.dumps(value[name])[:40]}"
             raise UsageError(f"{where}: {name!r} {got}; it must be text, not empty")
         try:

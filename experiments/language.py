@@ -106,7 +106,7 @@ def from_file(path: pathlib.Path, held_out: int, seed: int, kind: type = Example
       UsageError: the file cannot be read, a line is malformed, or there are too few prompts.
     """
     by_prompt: dict[str, list[Any]] = {}
-    for fields in sequences.read_jsonl(path, kind._fields):
+    for fields in sequences.read_jsonl(path, kind._fields).values():
         by_prompt.setdefault(fields[0], []).append(kind(*fields))
     if len(by_prompt) <= held_out:
         raise UsageError(f"--problems {held_out} leaves none of the {len(by_prompt)} prompts of {path} to learn from")
@@ -163,18 +163,27 @@ def open_tokenizer(folder: pathlib.Path) -> tuple[Any, tuple[int, ...]]:
 def encode(tokenizer: Any, end: int, examples: Sequence[Example]) -> list[Tokens]:
     """Token ids of prompts, with what the tokenizer begins a text with, and of completions with `end` after them.
 
+    What a tokenizer ends a text with is left out: a prompt goes on.
+
     Raises:
       UsageError: a prompt or completion without any token.
     """
     prompts = tokenizer.encode_batch([example.prompt for example in examples])
     completions = tokenizer.encode_batch([example.completion for example in examples], add_special_tokens=False)
-    encoded = [Tokens(p.ids, [*c.ids, end]) for p, c in zip(prompts, completions, strict=True)]
+    begun = [encoding.ids[: len(encoding.ids) - _added(encoding.special_tokens_mask)] for encoding in prompts]
+    encoded = [Tokens(prompt, [*c.ids, end]) for prompt, c in zip(begun, completions, strict=True)]
     for example, (prompt, _) in zip(examples, encoded, strict=True):
         if not prompt:
             raise UsageError(f"the tokenizer makes no token of the prompt {example.prompt[:40]!r}")
     return encoded
 
 
-def decode(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
-    """Texts of completions `[N, T]`, without special tokens."""
-    return tokenizer.decode_batch([list(itertools.compress(row, kept)) for row, kept in zip(tokens, mask, strict=True)])
+def _added(special: Sequence[int]) -> int:
+    """How many tokens at the end the tokenizer has added to those of the text."""
+    return len(list(itertools.takewhile(bool, reversed(special))))
+
+
+def decode(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray, stop: Sequence[int]) -> list[str]:
+    """Texts of completions `[N, T]`, without special tokens and without those that end one, special or not."""
+    kept = (mask != 0) & ~np.isin(tokens, stop)
+    return tokenizer.decode_batch([row[keep].tolist() for row, keep in zip(tokens, kept, strict=True)])

@@ -8,14 +8,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
-from esscher.core import reporting, tokens
+from esscher.core import meshes, reporting, tokens
 from esscher.models import adapters, decoder, hf, hf_files
 from esscher.models.functional import Params
 from esscher.models.language_model import language_model
 from esscher.samplers import decoding
 
 __all__ = ["Completions", "Policy", "adapted", "completions", "full", "generator", "new", "save"]
+
+
+CACHE_MEMORY = 2**30
+"""Bytes of a device that the caches of generation may take."""
 
 
 class Policy(NamedTuple):
@@ -108,17 +113,40 @@ def _cast(policy: Policy, trees: Any) -> Any:
     return trees if policy.dtype is None else jax.tree.map(lambda leaf: leaf.astype(policy.dtype), trees)
 
 
-def generator(policy: Policy, length: int, stop: tuple[int, ...]) -> Callable[..., decoding.Generation]:
-    """`(key, trainable, prompt, mask, *constants, **options of generate) -> Generation` of up to `length` tokens."""
+def generator(policy: Policy, length: int, stop: tuple[int, ...], mesh: Mesh) -> Callable[..., decoding.Generation]:
+    """`(key, trainable, prompt, mask, *constants, **options of generate) -> Generation` of up to `length` tokens.
+
+    Prompts whose caches would together take more than a gigabyte of a device's memory are answered in turns.
+    """
 
     def generate(
         key: Array, trainable: Any, prompt: Array, mask: Array, *constants: Any, **options: Any
     ) -> decoding.Generation:
         params = policy.merged(*_cast(policy, (trainable, *constants)))
         model = language_model(params, policy.config, prompt.shape[1] + length)
-        return decoding.generate(key, model, prompt, mask, length, stop=stop, **options)
+
+        def answer(part: tuple[Array, Array, Array]) -> decoding.Generation:
+            key, prompt, mask = part
+            return decoding.generate(key, model, prompt, mask, length, stop=stop, **options)
+
+        each = jax.tree.leaves(jax.eval_shape(model.init, prompt[:1], mask[:1]))
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in each) * (options.get("n") or 1)
+        turns = _turns(len(prompt), meshes.row_shards(mesh), size)
+        if turns == 1:
+            return answer((key, prompt, mask))
+        # Every device's rows lie next to each other, so each turn takes some of each.
+        parts = jax.tree.map(lambda x: x.reshape(-1, turns, *x.shape[1:]).swapaxes(0, 1), (prompt, mask))
+        found = jax.lax.map(answer, (jax.random.split(key, turns), *parts))
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), found)
 
     return generate
+
+
+def _turns(rows: int, shards: int, size: int) -> int:
+    """The fewest equal turns in which rows of that many bytes each fit the memory for caches of all devices."""
+    fitting = max(CACHE_MEMORY // size, 1) * shards
+    possible = (n for n in range(1, rows // shards + 1) if rows % (n * shards) == 0)
+    return next((n for n in possible if rows <= n * fitting), max(rows // shards, 1))
 
 
 def save(
@@ -147,5 +175,5 @@ def save(
             shutil.copyfile(origin / name, folder / name)
 
 
-_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id")
 _COPIED = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")

@@ -88,7 +88,7 @@ def learning(config: Any, setup: Setup, objective: Named, mesh: Mesh, sweep: swe
     """The mean of the objective over the pairs that are kept, as a program."""
     policy, generated = setup.policy, setup.rejected is None
     length = max(len(example.completion) for example in setup.test)
-    generate = policies.generator(policy, length, setup.stop)
+    generate = policies.generator(policy, length, setup.stop, mesh)
 
     def judge(
         trainable: Any, batch: dict[str, Array], hyper: dict[str, Array], *constants: Any
@@ -139,14 +139,14 @@ def run(config: Any, mesh: Mesh) -> None:
     setup = setups.prepare(config, mesh)
     kept = pathlib.Path(config.runs, setups.experiment(config), config.name, "pairs.npz")
     if kept.parent.exists():
-        setups.open_run(config)  # before pairs are made for a run that was begun with other flags
+        setups.open_run(config, setup)  # before pairs are made for a run that was begun with other flags
     if known := kept.exists():
         pairs = preference_pairs.load(kept)
     else:
         mismatched = "kl_baseline" in objective.arguments
         pairs = preference_pairs.make(config, setup, mesh, mismatched=mismatched)
     program = learning(config, setup, objective, mesh, sweep)
-    folder = setups.open_run(config)
+    folder = setups.open_run(config, setup)
     if not known:
         preference_pairs.save(kept, pairs)
     prompts, answers = zip(*setup.test, strict=True)

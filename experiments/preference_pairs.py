@@ -1,5 +1,6 @@
 """Pairs to learn preferences from, of a file or sampled and judged, and what the reference says of them."""
 
+import functools
 import pathlib
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -60,7 +61,7 @@ def make(config: Any, setup: Setup, mesh: Mesh, *, mismatched: bool) -> Pairs:
             for seed, part in enumerate((train, (setup.task.test, setup.test)), config.seed + 2)
         ]
     _exchange(parts[0], config.flip, config.seed)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = meshes.row_shards(mesh)
     parts[1] = parts[1][: len(parts[1]) // shards * shards]
     if not all(parts):
         raise UsageError(
@@ -98,7 +99,7 @@ def _initial(policy: policies.Policy) -> Callable[..., Any]:
 def _exact_match(config: Any, setup: Setup, mesh: Mesh) -> float:
     prompts, answers = zip(*setup.test, strict=True)
     policy, initial = setup.policy, _initial(setup.policy)
-    generate = policies.generator(policy, max(map(len, answers)), setup.stop)
+    generate = policies.generator(policy, max(map(len, answers)), setup.stop, mesh)
 
     @jax.jit
     def match(key: Array, prompt: Any, answer: Any, pretrained: Any, constants: Any) -> Array:
@@ -120,7 +121,8 @@ def _sample(
     """One pair for each problem that has right and wrong ones among its sampled answers."""
     policy, initial, pairs = setup.policy, _initial(setup.policy), []
     longest = max(len(ids.completion) for ids in setup.test)
-    generate = policies.generator(policy, longest, setup.stop)
+    generate = policies.generator(policy, longest, setup.stop, mesh)
+    decode = functools.partial(language.decode, setup.tokenizer, stop=setup.stop)
     prompts = sequences.pad_left([ids.prompt for ids in encoded])
 
     @jax.jit
@@ -135,13 +137,13 @@ def _sample(
         return preference.top_gap_pairs(score, correct, 1)
 
     size = min(config.batch_size, len(encoded))
-    size = -(-size // (shards := mesh.shape["data"] * mesh.shape["fsdp"])) * shards
+    size = -(-size // (shards := meshes.row_shards(mesh))) * shards
     with reporting.progress(len(encoded), label="sampling") as show:
         for number, (rows, new) in enumerate(_chunks(len(encoded), size)):
             keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), number))
             placed = meshes.place(tuple(part[rows] for part in prompts), mesh)
             found = meshes.gather(answer(keys[0], *placed, policy.pretrained, policy.constants))
-            texts = [language.decode(setup.tokenizer, *part) for part in zip(found.tokens, found.mask, strict=True)]
+            texts = [decode(*part) for part in zip(found.tokens, found.mask, strict=True)]
             correct = solving.Solved([examples[row] for row in rows], [], texts).correct
             chosen, rejected, valid = jax.device_get(choose(keys[1], found.logp, found.mask, correct))
             for i in np.flatnonzero(valid[:new, 0]):

@@ -178,7 +178,7 @@ def _stepper(
     replace_failed = jax.jit(rollouts.replace_failed, out_shardings=where)
 
     def sampled(hint: int) -> Callable[..., Rollouts]:
-        sample = rollouts.sampler(setup, length, config.group, hint)
+        sample = rollouts.sampler(setup, mesh, length, config.group, hint)
 
         def of_state(state: Any, key: Array, batch: dict[str, Array], *constants: Any) -> Rollouts:
             key = jax.random.fold_in(jax.random.fold_in(key, state.step), hint)
@@ -206,8 +206,8 @@ def _judge(
     config: Any, setup: Setup, verifier: rollouts.Verifier, length: int, mesh: Mesh, sweep: Any
 ) -> Callable[..., dict[str, Any]]:
     """Validation: reward of greedy answers, and divergence of the policy from the reference on sampled ones."""
-    generate = policies.generator(setup.policy, length, setup.stop)
-    sample = rollouts.sampler(setup, length, 1)
+    generate = policies.generator(setup.policy, length, setup.stop, mesh)
+    sample = rollouts.sampler(setup, mesh, length, 1)
     whole = (None,) * (len(setup.policy.constants) + 1)
 
     def of_params(params: Any, key: Array, batch: dict[str, Array], *constants: Any) -> tuple[Rollouts, Array]:
@@ -260,7 +260,7 @@ def run(config: Any, mesh: Mesh) -> None:
         step=_stepper(config, setup, program.step, verifier, length, mesh, sweep),
         validate=_judge(config, setup, verifier, length, mesh, sweep),
     )
-    folder = setups.open_run(config)
+    folder = setups.open_run(config, setup)
     columns, judged = _columns(setup.train), _columns(setup.test)
     trained = setups.train(config, setup, program, mesh, sweep, columns, judged, folder, reference)
     if trained is not None:

@@ -29,16 +29,17 @@ class Rollouts(NamedTuple):
     given: Array  # [P, G, T] whether a token was given away
 
 
-def sampler(setup: Setup, length: int, group: int, hint: int = 0) -> Callable[..., Rollouts]:
+def sampler(setup: Setup, mesh: Mesh, length: int, group: int, hint: int = 0) -> Callable[..., Rollouts]:
     """`(params, key, prompt, mask, answer, *constants) -> Rollouts`, a pure function.
 
     Args:
       setup: the model.
+      mesh: the mesh.
       length: tokens of an answer, at most, with those that are given away.
       group: answers to each prompt, `G`.
       hint: how many tokens of the right answer are given away.
     """
-    generate = policies.generator(setup.policy, length - hint, setup.stop)
+    generate = policies.generator(setup.policy, length - hint, setup.stop, mesh)
 
     def sample(params: Any, key: Array, prompt: Array, mask: Array, answer: Array, *constants: Any) -> Rollouts:
         shape = (len(prompt), group, hint)
@@ -59,7 +60,7 @@ def verify(setup: Setup, verifier: Verifier, rollouts: Rollouts, wanted: Sequenc
     shape, length = tokens.shape[:-1], tokens.shape[-1]
     if not reporting.writes():
         return meshes.from_first(np.zeros(shape, np.float32))
-    texts = language.decode(setup.tokenizer, tokens.reshape(-1, length), mask.reshape(-1, length))
+    texts = language.decode(setup.tokenizer, tokens.reshape(-1, length), mask.reshape(-1, length), setup.stop)
     prompts = np.broadcast_to(np.arange(shape[-2])[:, None], shape).ravel()
     rewards = [verifier(text, wanted[i]) for text, i in zip(texts, prompts, strict=True)]
     return meshes.from_first(np.array(rewards, np.float32).reshape(shape))

@@ -1,7 +1,9 @@
 """What a stage of a language model's training starts from: task, tokenizer and model, as the flags ask for them."""
 
 import functools
+import os
 import pathlib
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -57,8 +59,8 @@ def prepare(config: Any, mesh: Mesh) -> Setup:
     def encode(part: list[Any], completion: int) -> list[sequences.Tokens]:
         examples = [sequences.Example(fields[0], fields[completion]) for fields in part]
         encoded = language.encode(tokenizer, stop[0], examples)
-        for example, ids in zip(examples, encoded, strict=True):
-            _check_fit(config, policy, example, [*ids.prompt, *ids.completion])
+        for fields, ids in zip(part, encoded, strict=True):
+            _check_fit(config, policy.config, fields, [*ids.prompt, *ids.completion])
         return encoded
 
     train, test = (encode(part, 1) for part in task)
@@ -82,12 +84,31 @@ def experiment(config: Any) -> str:
     return "arithmetic" if config.stage == "sft" else f"arithmetic-{config.stage}"
 
 
-def open_run(config: Any) -> pathlib.Path:
-    """The folder of a run, see `reporting.open_run`."""
+def open_run(config: Any, setup: Setup) -> pathlib.Path:
+    """The folder of a run, see `reporting.open_run`; files given by name must hold what they held when it began."""
     may_change = runs.MAY_CHANGE if config.stage == "dpo" else MAY_CHANGE  # the samples are where its pairs come from
+    read = {} if config.data is None else {"content of --data": _fingerprint(config.data)}
+    if setup.origin is not None:
+        weights = sorted(setup.origin.glob("*.safetensors"))
+        read["content of --model"] = " ".join(_fingerprint(path) for path in (setup.origin / "config.json", *weights))
     return reporting.open_run(
-        config, experiment=experiment(config), name=config.name, root=config.runs, may_change=may_change
+        reporting.plain(config) | read,
+        experiment=experiment(config),
+        name=config.name,
+        root=config.runs,
+        may_change=may_change,
     )
+
+
+def _fingerprint(path: pathlib.Path) -> str:
+    """Size of a file and a checksum of it, or of its first and last four megabytes where it is larger."""
+    size, edge = path.stat().st_size, 2**22
+    with path.open("rb") as file:
+        checksum = zlib.crc32(file.read(edge if size > 2 * edge else size))
+        if size > 2 * edge:
+            file.seek(-edge, os.SEEK_END)
+            checksum = zlib.crc32(file.read(), checksum)
+    return f"{size} bytes, crc {checksum:08x}"
 
 
 def compile_program(
@@ -149,12 +170,22 @@ def train(
     return runs.train(config, program, mesh, sweep, source, held_out, folder, every, setup.policy.pretrained)
 
 
-def _check_fit(config: Any, policy: policies.Policy, example: sequences.Example, ids: list[int]) -> None:
-    where = f"the example that begins {example.prompt[:40]!r}"
+def _check_fit(config: Any, architecture: decoder.Config, fields: tuple[str, ...], ids: list[int]) -> None:
+    """Refuses an example that a row, the model's context or its vocabulary has no room for."""
+    # Where positions are stretched by "linear" or "yarn", a checkpoint may state its context from before that.
+    stated = architecture.context if architecture.rope.scaling in ("none", "llama3") else None
+    context = stated or config.length
+    if len(ids) <= min(config.length, context) and max(ids) < architecture.vocabulary:
+        return
+    where = f"the problem {fields[0][:40]!r}"
+    if config.data is not None:
+        lines = sequences.read_jsonl(config.data, KINDS[config.stage]._fields).items()
+        where = f"{config.data}, line {next(number for number, found in lines if found == tuple(fields))},"
+    if max(ids) >= architecture.vocabulary:
+        raise UsageError(f"{where} has the token {max(ids)}, the model {architecture.vocabulary}: mind the tokenizer")
     if len(ids) > config.length:
         raise UsageError(f"{where} has {len(ids)} tokens, a row has {config.length}: raise --length or shorten it")
-    if max(ids) >= policy.config.vocabulary:
-        raise UsageError(f"{where} has the token {max(ids)}, the model {policy.config.vocabulary}: mind the tokenizer")
+    raise UsageError(f"{where} has {len(ids)} tokens, the context of the model {context}: shorten it")
 
 
 def _architecture(config: Any, vocabulary: int) -> decoder.Config:

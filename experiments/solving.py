@@ -68,14 +68,14 @@ def solve(
     """
     policy, (prompts, answers) = setup.policy, zip(*setup.test, strict=True)
     placed = meshes.place(sequences.pad_left(prompts), mesh)
-    generate = policies.generator(policy, length or max(map(len, answers)), setup.stop)
+    generate = policies.generator(policy, length or max(map(len, answers)), setup.stop, mesh)
 
     def both(key: Array, trainable: Any, prompt: Array, mask: Array, *constants: Any) -> tuple[Any, Any]:
         greedy = generate(key, trainable, prompt, mask, *constants, choose=decoding.greedy)
         return greedy, generate(key, trainable, prompt, mask, *constants, n=samples)
 
     greedy, sampled = meshes.gather(jax.jit(both)(key, trainable, *placed, *policy.constants))
-    decode = functools.partial(language.decode, setup.tokenizer)
+    decode = functools.partial(language.decode, setup.tokenizer, stop=setup.stop)
     texts = [decode(*part) for part in zip(sampled.tokens, sampled.mask, strict=True)]
     return Solved(setup.task.test, decode(greedy.tokens, greedy.mask), texts, verifier)
 
@@ -136,5 +136,5 @@ def report(folder: pathlib.Path, solved: Solved) -> dict[str, str]:
 
 def _cell(text: str) -> str:
     """A text of any length and characters as one that stands in a table."""
-    shown = json.dumps(text, ensure_ascii=False)[1:-1].replace("|", "\\|")
+    shown = json.dumps(text, ensure_ascii=False)[1:-1]
     return shown if len(shown) <= 60 else f"{shown[:60]}..."

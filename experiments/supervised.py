@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from esscher.core import reporting, sequences, sweeps, tokens
+from esscher.core import meshes, reporting, sequences, sweeps, tokens
 from esscher.experiments import policies, runs, setups, solving
 from esscher.experiments.setups import Setup
 from esscher.samplers import decoding
@@ -21,7 +21,7 @@ def fine_tuning(config: Any, setup: Setup, mesh: Mesh, sweep: sweeps.Sweep) -> r
     """Maximum likelihood of the completions, `-sum log p(token) / number of tokens`, as a program."""
     policy = setup.policy
     length = max(len(example.completion) for example in setup.test)
-    generate = policies.generator(policy, length, setup.stop)
+    generate = policies.generator(policy, length, setup.stop, mesh)
 
     def loss(trainable: Any, key: Array, batch: Any, hyper: dict[str, Array], *constants: Any) -> tuple[Array, dict]:
         found = policies.completions(policy, trainable, batch, *constants, remat=config.remat)
@@ -54,9 +54,9 @@ def run(config: Any, mesh: Mesh) -> None:
     sweep = sweeps.grid(config.hyper, divisor=mesh.shape["sweep"])
     setup = setups.prepare(config, mesh)
     packed = sequences.pack(setup.train, config.length)
-    judged = held_out(config, setup, mesh.shape["data"] * mesh.shape["fsdp"])
+    judged = held_out(config, setup, meshes.row_shards(mesh))
     program = fine_tuning(config, setup, mesh, sweep)
-    folder = setups.open_run(config)
+    folder = setups.open_run(config, setup)
     trained = setups.train(config, setup, program, mesh, sweep, packed, judged, folder)
     if trained is not None:
         _evaluate(config, setup, mesh, sweep, trained, packed, folder)
@@ -73,13 +73,15 @@ def _evaluate(
     folder: pathlib.Path,
 ) -> None:
     """Solves with the best member of the sweep, keeps it as a Hugging Face folder, and writes the report."""
-    losses, exact = (np.atleast_1d(trained.metrics[name]) for name in ("validation_loss", "exact_match"))
+    losses, exact, skipped = (
+        np.atleast_1d(trained.metrics[name]) for name in ("validation_loss", "exact_match", "skipped")
+    )
     best = int(np.nanargmin(losses))
     trainable = runs.member(trained.state, sweep, best)
     policies.save(folder / "model", setup.policy, trainable, setup.tokenizer, setup.stop, setup.origin)
     members = [
-        [label or "this run", float(loss), float(match)]
-        for label, loss, match in zip(sweep.labels, losses, exact, strict=True)
+        [label or "this run", float(loss), float(match), int(steps)]
+        for label, loss, match, steps in zip(sweep.labels, losses, exact, skipped, strict=True)
     ]
     count = sum(leaf.size for leaf in jax.tree.leaves(trainable))
     filled = (packed["segments"] >= 0).mean()
@@ -87,10 +89,12 @@ def _evaluate(
         f"{count:,} trained parameters, {config.steps} steps of {config.batch_size} rows of {config.length} tokens "
         f"({filled:.1%} of them used), {len(setup.train):,} problems to learn from."
     )
-    table = reporting.table(["run", "validation loss", "exact match"], members)
+    table = reporting.table(["run", "validation loss", "exact match", "steps skipped"], members)
     curves = runs.curves(
         folder, sweep, ("loss", "validation_loss", "exact_match"), "Loss per token in training and on problems held out"
     )
     solved = solving.solve(setup, trainable, mesh, key=jax.random.key(config.seed + 1), samples=config.samples)
+    if sweep.swept:
+        table += f"\n\nThe one with the least validation loss, {sweep.labels[best]}, is saved and solves what follows."
     sections = {"Training": "\n\n".join([size, table, curves]), **solving.report(folder, solved)}
     reporting.write_report(folder, f"arithmetic: {config.name}", sections)

@@ -28,14 +28,21 @@ def write(tmp_path):
 
 def test_lines_are_read_in_order_and_blank_ones_skipped(write):
     other = json.dumps({"completion": "zwei", "prompt": "eins\nund", "more": [1]})
-    assert sequences.read_jsonl(write(f"{GOOD}\r\n\n  \n{other}\n")) == [("1+1=", "2"), ("eins\nund", "zwei")]
-    assert sequences.read_jsonl(write(f"{GOOD}\n"), ("completion",)) == [("2",)]
+    assert sequences.read_jsonl(write(f"{GOOD}\r\n\n  \n{other}\n")) == {
+        1: ("1+1=", "2"),
+        4: ("eins\nund", "zwei"),
+    }
+    assert sequences.read_jsonl(write(f"{GOOD}\n"), ("completion",)) == {1: ("2",)}
+
+
+def test_a_mark_of_the_byte_order_is_no_part_of_the_text(write):
+    assert sequences.read_jsonl(write(f"\ufeff{GOOD}\r\n")) == {1: ("1+1=", "2")}
 
 
 @pytest.mark.parametrize("character", "\u2028\u2029\x85")
 def test_what_ends_a_line_for_python_but_not_for_json_is_text(write, character):
     line = json.dumps({"prompt": f"a{character}b", "completion": "c"}, ensure_ascii=False)
-    assert sequences.read_jsonl(write(f"{line}\n{GOOD}")) == [(f"a{character}b", "c"), ("1+1=", "2")]
+    assert sequences.read_jsonl(write(f"{line}\n{GOOD}")) == {1: (f"a{character}b", "c"), 2: ("1+1=", "2")}
 
 
 @pytest.mark.parametrize(
@@ -47,11 +54,15 @@ def test_what_ends_a_line_for_python_but_not_for_json_is_text(write, character):
         ('{"prompt": "1+1=", "completion": 2}', "'completion' is 2; it must be text"),
         ('{"prompt": null, "completion": "2"}', "'prompt' is null; it must be text"),
         ('{"prompt": "", "completion": "2"}', "'prompt' is \"\"; it must be text, not empty"),
+        ('{"prompt": " \\n", "completion": "2"}', "it must be text, not empty"),
+        ("[" * 100_000, "not readable as JSON (maximum recursion depth exceeded"),
+        (GOOD[:-1] + f', "id": {"1" * 5000}}}', "not readable as JSON (Exceeds the limit"),
+        (GOOD.replace("2", "\udce9"), "not UTF-8 (invalid continuation byte at byte 35); save it as UTF-8"),
         ('{"prompt": "\\ud83d", "completion": "2"}', "'prompt' is no text: surrogates not allowed at place 1"),
     ],
 )
 def test_a_malformed_line_is_named_with_what_is_wrong(write, line, wrong):
-    path = write(f"{GOOD}\n\n{line}\n{line}\n")
+    path = write(f"{GOOD}\n\n{line}\n{line}\n".encode(errors="surrogateescape"))
     with pytest.raises(UsageError) as error:
         sequences.read_jsonl(path)
     assert str(error.value).startswith(f"{path}, line 3: ")
@@ -61,7 +72,7 @@ def test_a_malformed_line_is_named_with_what_is_wrong(write, line, wrong):
 
 @pytest.mark.parametrize(
     ("content", "wrong"),
-    [(b"\xff\xfe{", "cannot read .*utf-8"), ("", "has no lines; each must be"), ("\n \n", "has no lines")],
+    [(b"\xff\xfe{", "line 1: not UTF-8 .*at byte 1"), ("", "has no lines; each must be"), ("\n \n", "has no lines")],
 )
 def test_a_file_that_is_no_text_or_empty_is_refused(write, content, wrong):
     with pytest.raises(UsageError, match=wrong):

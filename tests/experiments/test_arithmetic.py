@@ -59,7 +59,7 @@ def saved_state(config):
         return store.restore_latest(program_of(config)[1].state)
 
 
-def silent(policy, length, stop):
+def silent(policy, length, stop, mesh):
     """In place of a generator: compiles at once and says nothing."""
 
     def generate(key, trainable, prompt, mask, *constants, **options):
@@ -320,8 +320,9 @@ def test_what_a_user_got_wrong_is_one_line_before_anything_is_made(config, chang
     ("line", "message"),
     [
         ('{"prompt": "1+1="}', "sums.jsonl, line 100: 'completion' is missing"),
-        (json.dumps({"prompt": "1" * 30, "completion": "22"}), f"begins '{'1' * 30}' has 33 tokens, a row has 32"),
-        (json.dumps({"prompt": "@", "completion": "2"}), "the model 67"),
+        (json.dumps({"prompt": "1" * 30, "completion": "22"}), "sums.jsonl, line 100, has 33 tokens, a row has 32"),
+        (json.dumps({"prompt": "@", "completion": "2"}), "sums.jsonl, line 100, has the token 67, the model 67"),
+        (json.dumps({"prompt": "1" * 24, "completion": "2"}), "line 100, has 26 tokens, the context of the model 25"),
     ],
 )
 def test_a_line_of_the_data_that_does_not_do_is_named(pretrained, line, message):
@@ -331,6 +332,9 @@ def test_a_line_of_the_data_that_does_not_do_is_named(pretrained, line, message)
     content = json.loads(tokenizer.read_text())
     content["model"]["vocab"]["@"] = 67
     tokenizer.write_text(json.dumps(content))
+    architecture = pathlib.Path(pretrained.model, "config.json")
+    content = json.loads(architecture.read_text()) | {"max_position_embeddings": 25, "rope_scaling": None}
+    architecture.write_text(json.dumps(content | {"rope_parameters": None}))
     with pytest.raises(UsageError) as error:
         arithmetic.main(pretrained)
     assert message in str(error.value)
@@ -342,6 +346,27 @@ def test_another_configuration_in_the_same_folder_is_refused(config):
     reporting.open_run(config, experiment="arithmetic", name=config.name, root=config.runs)
     with pytest.raises(UsageError, match="digits is 1 there, 2 here"):
         arithmetic.main(dataclasses.replace(config, digits=2))
+
+
+def test_files_that_have_changed_since_a_run_began_are_refused(pretrained):
+    setup = setups.prepare(arithmetic.settled(pretrained), meshes.make(data=1))
+    setups.open_run(pretrained, setup)
+    setups.open_run(pretrained, setup)
+    with pretrained.data.open("a") as file:
+        file.write(json.dumps({"prompt": "1+1=", "completion": "2"}) + "\n")
+    with pytest.raises(UsageError, match=r"content of --data is \d+ bytes, crc \w+ there, \d+ bytes"):
+        setups.open_run(pretrained, setup)
+
+
+def test_the_ends_of_large_files_tell_them_apart(tmp_path):
+    path, content = tmp_path / "weights", bytearray(9 * 2**20)
+    path.write_bytes(content)
+    before = setups._fingerprint(path)
+    for place in (0, -1):
+        changed = content.copy()
+        changed[place] = 1
+        path.write_bytes(changed)
+        assert setups._fingerprint(path) != before
 
 
 def test_the_command_line_shows_errors_in_one_line_and_exits_with_two(config, capsys):

@@ -118,26 +118,34 @@ def test_what_is_encoded_is_decoded_again(base):
         tokens, mask = (np.zeros((len(rows), 12), dtype) for dtype in (np.int32, bool))
         for i, row in enumerate(rows):
             tokens[i, : len(row)], mask[i, : len(row)] = row, True
-        assert language.decode(tokenizer, tokens, mask) == [getattr(example, part) for example in examples]
+        assert language.decode(tokenizer, tokens, mask, ()) == [getattr(example, part) for example in examples]
 
 
 def test_what_the_mask_hides_is_not_decoded():
     tokenizer = language.tokenizer_of("+", 10)
     tokens = np.array(tokenizer.encode("12+3").ids)[None]
-    assert language.decode(tokenizer, tokens, np.array([[1, 0, 1, 0]])) == ["1+"]
+    assert language.decode(tokenizer, tokens, np.array([[1, 0, 1, 0]]), ()) == ["1+"]
 
 
-def test_a_prompt_begins_as_the_tokenizer_wants_and_a_completion_does_not():
+def test_what_ends_an_answer_is_no_part_of_it_even_where_the_tokenizer_holds_it_for_text():
+    tokenizer = language.tokenizer_of("+", 10)
+    tokens = np.array(tokenizer.encode("12+3").ids)[None]
+    assert language.decode(tokenizer, tokens, tokens >= 0, (tokens[0, -1],)) == ["12+"]
+
+
+def test_a_prompt_begins_as_the_tokenizer_wants_and_goes_on_and_a_completion_does_not():
     tokenizer = language.tokenizer_of("+", 10)
     plain = language.encode(tokenizer, 1, [Example("1+1=", "2")])[0]
     tokenizer.add_special_tokens(["<s>"])
     begin = tokenizer.token_to_id("<s>")
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A <s>", special_tokens=[("<s>", begin)])
     ids = language.encode(tokenizer, 1, [Example("1+1=", "2")])[0]
     assert ids.prompt == [begin, *plain.prompt]
     assert ids.completion == plain.completion
     tokens = np.array([[*ids.prompt, *ids.completion]])
-    assert language.decode(tokenizer, tokens, tokens >= 0) == ["1+1=2"]
+    assert language.decode(tokenizer, tokens, tokens >= 0, ()) == ["1+1=2"]
+    written = language.encode(tokenizer, 1, [Example("1+1=<s>", "2")])[0]
+    assert written.prompt == [*ids.prompt, begin]  # in the text it stays
 
 
 def test_a_prompt_without_tokens_is_refused():

@@ -73,7 +73,9 @@ def texts(setup, columns, member):
     """Prompt and completion of each pair's member."""
     rows, inside = columns["tokens"][:, member], columns["segments"][:, member] == 0
     completion = columns["completion"][:, member]
-    prompts, completions = (language.decode(setup.tokenizer, rows, mask) for mask in (inside & ~completion, completion))
+    prompts, completions = (
+        language.decode(setup.tokenizer, rows, mask, setup.stop) for mask in (inside & ~completion, completion)
+    )
     return list(zip(prompts, completions, strict=True))
 
 

@@ -80,12 +80,12 @@ def metric(config, name):
 @pytest.fixture(scope="module")
 def played(model):
     """Sixteen groups, plain and with a hint, and the texts that they should have been."""
-    config, setup, _ = prepared(dataclasses.replace(TINY, model=model))
+    config, setup, mesh = prepared(dataclasses.replace(TINY, model=model))
     columns = {name: column[:16] for name, column in reinforcement._columns(setup.train).items()}
     batch = [jnp.asarray(columns[name]) for name in ("prompt", "mask", "answer")]
     params = setup.policy.pretrained[0]
     plain, hinted = (
-        jax.jit(rollouts.sampler(setup, 3, 8, hint))(params, jax.random.key(hint), *batch) for hint in (0, 1)
+        jax.jit(rollouts.sampler(setup, mesh, 3, 8, hint))(params, jax.random.key(hint), *batch) for hint in (0, 1)
     )
     wanted = [setup.task.train[i].completion for i in columns["index"]]
     return config, setup, params, columns, plain, hinted, wanted
@@ -106,7 +106,7 @@ def test_in_bfloat16_the_sampler_is_the_model_that_learns_up_to_rounding(played)
     config, setup, params, columns, *_ = played
     half = setup._replace(policy=setup.policy._replace(dtype="bfloat16"))
     batch = [jnp.asarray(columns[name]) for name in ("prompt", "mask", "answer")]
-    answers = jax.jit(rollouts.sampler(half, 3, 8))(params, jax.random.key(0), *batch)
+    answers = jax.jit(rollouts.sampler(half, meshes.make(data=1), 3, 8))(params, jax.random.key(0), *batch)
     apart = {}
     for name, each in {"itself": half, "float32": setup}.items():
         logp, mask = reinforcement.answer_logps(config, each, params, answers, ())
@@ -136,7 +136,7 @@ def test_rewards_are_those_of_the_texts_in_groups_and_in_sweeps(played):
     expected = np.zeros((16, 8))
     for i, j in np.ndindex(16, 8):
         text = language.decode(
-            setup.tokenizer, np.asarray(plain.tokens[i, j])[None], np.asarray(plain.mask[i, j])[None]
+            setup.tokenizer, np.asarray(plain.tokens[i, j])[None], np.asarray(plain.mask[i, j])[None], setup.stop
         )
         expected[i, j] = text[0] == wanted[i]
     assert 0 < expected.mean() < 1
