@@ -11,7 +11,10 @@ import time
 
 STATEMENTS = {
     "jax and optax": "import jax, optax",
-    "esscher.objectives": "from esscher.objectives import flow, metrics, score",
+    "esscher.objectives": (
+        "import importlib, pkgutil, esscher.objectives as o\n"
+        "for m in pkgutil.walk_packages(o.__path__, o.__name__ + '.'): importlib.import_module(m.name)"
+    ),
 }
 
 

@@ -25,6 +25,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import _trl
 import numpy as np
 from _sides import measure, peak_memory
 
@@ -81,35 +82,12 @@ def ours(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
 def theirs(options: argparse.Namespace, chunk: int | None, threads: int) -> dict[str, Callable[[], Any]]:
     """The same by TRL, with a tile of `chunk` entries of the vocabulary, or unchunked."""
     import torch
-    from trl.trainer import dpo_trainer, utils
+    from trl.trainer import dpo_trainer
 
     torch.set_num_threads(threads)
     x = batch(options)
 
-    class Model(torch.nn.Module):
-        """Hidden states under a head: what TRL's functions ask of a model."""
-
-        def __init__(self):
-            super().__init__()
-            self.states = torch.nn.Parameter(torch.tensor(x.hidden))
-            self.head = torch.nn.Linear(options.width, options.vocabulary, bias=False)
-            self.head.weight = torch.nn.Parameter(torch.tensor(x.unembedding.T).contiguous())
-            self.config = types.SimpleNamespace(get_text_config=lambda: types.SimpleNamespace())
-
-        def base_model(self, **_):
-            return types.SimpleNamespace(last_hidden_state=self.states)
-
-        def get_output_embeddings(self):
-            return self.head
-
-        def forward(self, labels, **_):
-            logp = utils.selective_log_softmax(self.head(self.states[:, :-1]), labels[:, 1:].clamp(min=0))
-            return utils.FusedCausalLMOutput(log_probs=logp.masked_fill(labels[:, 1:] == -100, 0))
-
-    model = Model()
-    if chunk:
-        utils._CHUNKED_LOGPROB_CHUNK_SIZE = chunk  # TRL has no argument for it
-        utils.add_fused_lm_head(model)
+    model = _trl.model(x.hidden, x.unembedding, chunk)
 
     def without_metrics(**inputs):
         outputs = model(**inputs)
