@@ -22,7 +22,7 @@ bench: .venv/test.stamp  ## Measure against peers, in one run each; installs tor
 	for script in benchmarks/[!_]*.py; do $(BIN)/python $$script || exit 1; done
 
 methods: .venv/test.stamp  ## Write METHODS.md anew from the docstrings.
-	$(BIN)/python tools/methods.py > METHODS.md
+	$(BIN)/python tools/methods.py > METHODS.md.new && mv METHODS.md.new METHODS.md
 
 clean:  ## Remove the environment and the caches, not the runs.
 	rm -rf .venv .jax_cache .pytest_cache .ruff_cache *.egg-info

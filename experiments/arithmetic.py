@@ -14,6 +14,7 @@ import dataclasses
 import pathlib
 from typing import Literal
 
+from esscher.core import meshes
 from esscher.core.errors import UsageError
 from esscher.experiments import cli, preference, reinforcement, runs, supervised
 
@@ -159,7 +160,7 @@ def main(config: Config) -> None:
     """Trains or resumes, then evaluates and writes the report."""
     config = settled(config)
     mesh = runs.start(config, positive=POSITIVE)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = meshes.row_shards(mesh)
     if config.problems % shards:
         raise UsageError(f"--problems {config.problems} does not split over {shards} devices: take a multiple")
     STAGES[config.stage](config, mesh)

@@ -122,13 +122,18 @@ def _network(config: Config, image_shape: tuple[int, ...], classes: int, rngs: n
 
 def main(config: Config) -> None:
     """Trains or resumes, then samples and writes the report."""
-    mesh = runs.start(config, positive=("width", "depth", "samples"))
+    mesh = runs.start(
+        config,
+        positive=("width", "depth", "samples"),
+        signed=("noise_mean",),
+        shares=("ema_decay", "label_dropout"),
+    )
     if any(budget < 2 for budget in config.evaluations):
         raise UsageError(f"--evaluations must be at least 2 each, got {config.evaluations}")
     if config.steered < 0 or config.steered == 1:
         raise UsageError(f"--steered must be at least 2, or 0 to leave steering out, got {config.steered}")
-    if not config.weights:
-        raise UsageError("--weights needs at least one guidance weight")
+    if not config.weights or not np.isfinite(config.weights).all() or len(set(config.weights)) < len(config.weights):
+        raise UsageError(f"--weights needs finite guidance weights, each of them once, got {config.weights}")
     sweep = sweeps.grid(config.hyper, divisor=mesh.shape["sweep"])
     train, test = (data.load(config.dataset, split, config.data_dir) for split in ("train", "test"))
     if train.shape[0] != train.shape[1] or train.shape[2] not in (1, 3):
@@ -170,12 +175,15 @@ def _evaluate(
     study = sampling.Study(denoise, params, train.shape, train.num_classes, mesh, jax.random.key(config.seed + 1))
     sheets, guided = sampling.by_weight(study, judge, config.weights, config.samples)
     solvers = sampling.by_solver(study, judge, config.evaluations, config.samples)
-    members = [[label or "this run", float(loss)] for label, loss in zip(sweep.labels, losses, strict=True)]
+    members = [
+        [label or "this run", float(loss), int(skipped)]
+        for label, loss, skipped in zip(sweep.labels, losses, np.atleast_1d(trained.metrics["skipped"]), strict=True)
+    ]
     caption = "Loss in training, and of the moving average on held-out images"
     curves = runs.curves(folder, sweep, ("loss", "validation_loss"), caption)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     size = f"{config.model}, {parameters:,} parameters, {config.steps} steps of {config.batch_size} examples."
-    table = reporting.table(["run", "validation loss"], members)
+    table = reporting.table(["run", "validation loss", "steps skipped"], members)
     sections = {
         "Training": "\n\n".join([size, table, curves]),
         **sampling.report(folder, judge, sheets, guided, solvers, study.classes),

@@ -32,7 +32,7 @@ def fit_judge(
     Args:
       train: images `[N, H, W, C]` and labels `[N]`.
       test: the same, held out: they give the classifier's accuracy and the floor of the distance.
-      components: how many principal components the Fréchet distance sees.
+      components: how many principal components the Fréchet distance sees, at most.
       seed: of the classifier.
     """
     from sklearn.decomposition import PCA
@@ -41,7 +41,8 @@ def fit_judge(
     flat = lambda images: np.asarray(images, np.float64).reshape(len(images), -1)  # noqa: E731
     few = slice(LARGEST_TRAINING_SET)
     machine = SVC(C=10.0, gamma="scale", random_state=seed).fit(flat(train[0][few]), train[1][few])
-    pca = PCA(components, random_state=seed).fit(flat(train[0]))
+    images = flat(train[0])
+    pca = PCA(min(components, *images.shape), random_state=seed).fit(images)
 
     def features(images: np.ndarray) -> np.ndarray:
         return pca.transform(flat(images))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -74,7 +75,9 @@ class Hyper:
     """Decay of the parameters' moving average, if one is kept."""
 
 
-def start(settings: Any, *, positive: Sequence[str] = ()) -> Mesh:
+def start(
+    settings: Any, *, positive: Sequence[str] = (), signed: Sequence[str] = (), shares: Sequence[str] = ("ema_decay",)
+) -> Mesh:
     """Checks the settings, joins the other hosts if asked to, and makes the mesh.
 
     Elsewhere than on Cloud TPU, GKE and Slurm, which JAX knows, hosts find each other by the environment variables
@@ -83,6 +86,8 @@ def start(settings: Any, *, positive: Sequence[str] = ()) -> Mesh:
     Args:
       settings: with the fields of `Settings`.
       positive: further fields that must be at least 1 unless absent.
+      signed: hyperparameters that may be negative.
+      shares: hyperparameters that are at most 1.
 
     Raises:
       UsageError: a setting out of range, a mesh that does not fit the devices, or hosts that are not found.
@@ -91,6 +96,11 @@ def start(settings: Any, *, positive: Sequence[str] = ()) -> Mesh:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    for name, values in vars(settings.hyper).items():
+        largest = 1 if name in shares else math.inf
+        if name not in signed and not all(0 <= value <= largest for value in values):
+            allowed = "between 0 and 1" if name in shares else "at least 0"
+            raise UsageError(f"--hyper.{name.replace('_', '-')} must be {allowed}, got {' '.join(map(str, values))}")
     reporting.check_name(settings.name)
     if settings.seed < 0:
         raise UsageError(f"--seed must be at least 0, got {settings.seed}")
@@ -99,7 +109,7 @@ def start(settings: Any, *, positive: Sequence[str] = ()) -> Mesh:
     if settings.distributed:
         _join_hosts()
     mesh = meshes.make(**meshes.parse(settings.mesh))
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = meshes.row_shards(mesh)
     if settings.batch_size % shards:
         raise UsageError(f"--batch-size {settings.batch_size} does not split over {shards} devices: take a multiple")
     return mesh
@@ -278,7 +288,7 @@ def train(
       The last state and validation; None if the run was stopped before its end.
 
     Raises:
-      UsageError: the run diverged; its last good checkpoint is kept and the bad batch written to the folder.
+      UsageError: the run diverged; its checkpoints from before are kept and the bad batch written to the folder.
     """
     init_key, step_key, validation_key = jax.random.split(jax.random.key(settings.seed), 3)
     held_out = meshes.place(held_out, mesh)
@@ -318,7 +328,8 @@ def train(
             )
     _raise_if_diverged(outcome, source, folder)
     if outcome.reason == "interrupted":
-        print(f"stopped at step {int(np.max(outcome.state.step))} and saved; the same command goes on from there")
+        if reporting.writes():
+            print(f"stopped at step {int(np.max(outcome.state.step))} and saved; the same command goes on from there")
         return None
     return Trained(outcome.state, {name: np.asarray(value) for name, value in last.items()})
 
@@ -338,7 +349,7 @@ def _raise_if_diverged(outcome: training.Outcome, source: Any, folder: pathlib.P
         np.savez(folder / "bad_batch.npz", step=bad, **source[bad])
     raise UsageError(
         f"loss or gradient was not finite in too many steps, last in step {bad} (its batch is in "
-        f"{folder / 'bad_batch.npz'}); the last good checkpoint is kept: try a smaller --hyper.lr"
+        f"{folder / 'bad_batch.npz'}); checkpoints are from before: try a smaller --hyper.lr under another --name"
     )
 
 
@@ -348,7 +359,7 @@ def curves(
     """A figure with a panel for each metric and a line for each member, and the text that shows it in the report."""
     metrics, panels = reporting.read_metrics(folder), []
     for name in names:
-        steps, values = metrics[name]
+        steps, values = metrics.get(name, ([], np.empty(0)))  # a log that somebody has deleted
         columns = values.reshape(len(steps), -1).T
         labels = sweep.labels if sweep.swept else ("this run",)
         series = {label: (steps, column) for label, column in zip(labels, columns, strict=True)}

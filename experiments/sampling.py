@@ -103,7 +103,7 @@ def draw(study: Study, solver: str, evaluations: int, label: np.ndarray, w: floa
 
 def _labels(study: Study, samples: int) -> np.ndarray:
     """At least `samples` labels, every class equally often, a multiple of the devices they are split over."""
-    unit = math.lcm(study.classes, study.mesh.shape["data"] * study.mesh.shape["fsdp"])
+    unit = math.lcm(study.classes, meshes.row_shards(study.mesh))
     return np.arange(math.ceil(samples / unit) * unit) % study.classes
 
 
@@ -117,7 +117,12 @@ def by_weight(
 
 
 def by_solver(study: Study, judge: Judge, evaluations: Sequence[int], samples: int) -> dict[str, list[Quality]]:
-    """Quality of the conditional samples (`w = 1`) of every solver at every budget, and of the reference."""
+    """Quality of the conditional samples (`w = 1`) of every solver at every budget, and of the reference.
+
+    Nothing without a budget.
+    """
+    if not evaluations:
+        return {}
     label = _labels(study, samples)
     runs = [REFERENCE, *((solver, n) for solver in SOLVERS for n in evaluations)]
     table: dict[str, list[Quality]] = {"reference": []} | {solver: [] for solver in SOLVERS}
@@ -168,11 +173,13 @@ def report(
     by_solver = [
         "Conditional samples (w = 1). Agreement is the share that a classifier trained on real images puts into the "
         f"class asked for; it is right on {judge.accuracy:.1%} of the real test images. The Fréchet distance is that "
-        f"from the real training images in their first {judge.real_features.shape[1]} principal components; the real "
-        f"test images are {judge.floor:.3g} away. The reference is {REFERENCE[0]}.",
+        f"from the {len(judge.real_features)} real training images in their first {judge.real_features.shape[1]} "
+        f"principal components; the real test images, which are fewer, are {judge.floor:.3g} away. The reference is "
+        f"{REFERENCE[0]}.",
         reporting.table(["solver", "evaluations", "agreement", "Fréchet distance"], table),
     ]
-    if len(table) > 1:
+    sections = {"Samples by guidance weight": "\n\n".join(by_weight)}
+    if solvers:
         real = {"agreement": {"real test images": judge.accuracy}, "distance": {"real train to real test": judge.floor}}
         panels = [
             _against_budget(solvers, "agreement", "share in the asked class", real["agreement"]),
@@ -180,7 +187,8 @@ def report(
         ]
         figure = figures.lines(folder / "figures" / "solvers.png", *panels)
         by_solver.append(reporting.picture(figure, folder, "Quality against model evaluations"))
-    return {"Samples by guidance weight": "\n\n".join(by_weight), "Solvers": "\n\n".join(by_solver)}
+        sections["Solvers"] = "\n\n".join(by_solver)
+    return sections
 
 
 def _against_budget(
@@ -189,6 +197,8 @@ def _against_budget(
     series = {
         name: ([q.evaluations for q in results], [getattr(q, field) for q in results])
         for name, results in solvers.items()
-        if name != "reference" and results
+        if name != "reference"
     }
+    (best,) = solvers["reference"]
+    references = references | {f"{REFERENCE[0]}, {best.evaluations} evaluations": getattr(best, field)}
     return figures.Panel(series, "model evaluations", label, log_x=True, log_y=log_y, references=references)

@@ -287,7 +287,7 @@ def report(
     Raises:
       UsageError: a reward is not finite, as that of a model that has hardly learned may be.
     """
-    unit = study.mesh.shape["data"] * study.mesh.shape["fsdp"]
+    unit = meshes.row_shards(study.mesh)
     n = math.ceil(samples / unit) * unit
     measure_key, pick_key = jax.random.split(jax.random.fold_in(study.key, 1))
     chosen = tasks(train, test[0][0], judge, measure_key)
