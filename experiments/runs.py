@@ -84,7 +84,7 @@ def start(
     `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`.
 
     Args:
-      settings: with the fields of `Settings`.
+      settings: with the fields of `Settings`, and perhaps `hyper`.
       positive: further fields that must be at least 1 unless absent.
       signed: hyperparameters that may be negative.
       shares: hyperparameters that are at most 1.
@@ -96,7 +96,7 @@ def start(
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    for name, values in vars(settings.hyper).items():
+    for name, values in vars(getattr(settings, "hyper", Hyper())).items():
         largest = 1 if name in shares else math.inf
         if name not in signed and not all(0 <= value <= largest for value in values):
             allowed = "between 0 and 1" if name in shares else "at least 0"
