@@ -7,7 +7,7 @@ export JAX_PLATFORMS ?= cpu
 
 .PHONY: demo test lint bench methods clean
 
-demo: .venv/demo.stamp  ## Learn handwritten digits, then sample them guided and steered (about 4 minutes on 2 cores).
+demo: .venv/demo.stamp  ## Learn handwritten digits, then sample them guided and steered (about 5 minutes on 2 cores).
 	$(BIN)/esscher digits --name demo $(FLAGS)
 
 test: .venv/test.stamp  ## Run the tests.

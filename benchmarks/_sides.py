@@ -14,9 +14,9 @@ WARM_UP = 2
 
 
 def measure(
-    sides: Mapping[str, tuple], jobs: Sequence[tuple[str, Any]], rounds: int
+    sides: Mapping[str, tuple], jobs: Sequence[tuple[str, Any]], rounds: int, once: Sequence[tuple[str, Any]] = ()
 ) -> tuple[dict[tuple[str, Any], list[float]], dict[tuple[str, Any], Any]]:
-    """Seconds of every round of every job, and its last result.
+    """Seconds of every round of every job, and the last result of each.
 
     Two thread pools in one process would fight for the cores, hence the processes.
 
@@ -24,6 +24,7 @@ def measure(
       sides: name -> `(make, *arguments)`; `make(*arguments)`, called in the side's process, gives functions by name.
       jobs: side and name of the function, in the order of a round.
       rounds: repetitions, beyond those that warm up.
+      once: jobs to be done once, after the rounds.
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     spawn = multiprocessing.get_context("spawn")
@@ -40,6 +41,9 @@ def measure(
             seconds, results[side, name] = pipes[side].recv()
             if round_number >= WARM_UP:
                 times[side, name].append(seconds)
+    for side, name in once:
+        pipes[side].send(name)
+        _, results[side, name] = pipes[side].recv()
     for pipe in pipes.values():
         pipe.send(None)
     return times, results

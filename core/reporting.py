@@ -13,7 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import IO, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -100,7 +100,7 @@ def open_run(
     return folder
 
 
-_locks: dict[tuple[int, int], IO[str]] = {}  # by device and inode; never closed, so that they hold until the end
+_locks: dict[tuple[int, int], int] = {}  # descriptors by device and inode; left open, so that they hold until the end
 
 
 def _lock(folder: pathlib.Path) -> None:
@@ -109,14 +109,14 @@ def _lock(folder: pathlib.Path) -> None:
         import fcntl
     except ImportError:  # Windows
         return
-    file = (folder / ".lock").open("a")
-    identity = os.fstat(file.fileno()).st_dev, os.fstat(file.fileno()).st_ino
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    identity = os.fstat(file).st_dev, os.fstat(file).st_ino
     if identity in _locks:  # ours already
-        return file.close()
+        return os.close(file)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.close()
+        os.close(file)
         raise UsageError(f"another process is running the run in {folder}; end it, or choose another name") from None
     except OSError:  # the file system has none
         pass

@@ -45,11 +45,11 @@ class Settings:
 
     name: str = "default"
     """Name of the run; its folder is runs/EXPERIMENT/NAME."""
-    steps: int = 2000
+    steps: int = 3000
     """Training steps."""
     batch_size: int = 128
     """Examples per step, over all devices."""
-    save_every: int = 400
+    save_every: int = 500
     """Steps between checkpoints, a multiple of 20."""
     seed: int = 0
     """Seed of parameters, noise and data order."""
