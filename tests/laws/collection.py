@@ -3,6 +3,7 @@
 import importlib
 import pathlib
 
+import jax
 from laws.harness import LAWS, Example
 
 __all__ = ["examples"]
@@ -11,7 +12,10 @@ __all__ = ["examples"]
 def examples() -> list[Example]:
     """Every example of every family, families in alphabetical order."""
     files = sorted((pathlib.Path(__file__).parent / "examples").glob("*.py"))
-    found = [example for file in files for example in importlib.import_module(f"laws.examples.{file.stem}").EXAMPLES]
+    jax.config.update("jax_disable_most_optimizations", True)  # hundreds of programs that run once make the arrays
+    modules = [importlib.import_module(f"laws.examples.{file.stem}") for file in files]
+    jax.config.update("jax_disable_most_optimizations", False)
+    found = [example for module in modules for example in module.EXAMPLES]
     names = [example.name for example in found]
     twice = {name for name in names if names.count(name) > 1}
     assert not twice, f"examples need names of their own: {sorted(twice)}"
