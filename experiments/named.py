@@ -5,6 +5,7 @@ import importlib
 import inspect
 import os
 import sys
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -50,6 +51,8 @@ def resolve(place: Place, path: str, options: Sequence[str] = ()) -> Named:
     """
     function = find(place.flag, path, place.home)
     try:
+        if typing.get_origin(function):  # the type of functions, to which Python 3.13 gives a signature
+            raise TypeError(function)
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError) as error:
         raise UsageError(f"{place.flag} {path} is no function of arrays") from error

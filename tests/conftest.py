@@ -12,6 +12,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # thou
 import jax
 import pytest
 
+_worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0")  # with a cache of its own: one may read what another half wrote
+jax.config.update("jax_compilation_cache_dir", os.path.join(os.environ["JAX_COMPILATION_CACHE_DIR"], _worker))
+
 TESTS_PER_CACHE = 100
 """After so many tests a worker drops what it has compiled: with gigabytes of programs everything gets slow."""
 
