@@ -32,18 +32,21 @@ def measure(
     for side, (make, *arguments) in sides.items():
         pipes[side], end = spawn.Pipe()
         spawn.Process(target=_work, args=(end, make, *arguments), daemon=True).start()
+
+    def do(side: str, name: Any) -> tuple[float, Any]:
+        pipes[side].send(name)
+        return pipes[side].recv()
+
     times: dict[tuple[str, Any], list[float]] = {job: [] for job in jobs}
     results = {}
     for round_number in range(rounds + WARM_UP):
         for side, name in jobs:
             time.sleep(0.25)  # until the other side's threads have stopped spinning
-            pipes[side].send(name)
-            seconds, results[side, name] = pipes[side].recv()
+            seconds, results[side, name] = do(side, name)
             if round_number >= WARM_UP:
                 times[side, name].append(seconds)
     for side, name in once:
-        pipes[side].send(name)
-        _, results[side, name] = pipes[side].recv()
+        _, results[side, name] = do(side, name)
     for pipe in pipes.values():
         pipe.send(None)
     return times, results

@@ -140,8 +140,8 @@ def main() -> None:
     sides = {(OURS, 0): (ours, options)}
     sides |= {(form, n): (theirs, options, chunk, n) for form, chunk in forms.items() for n in counts}
     # Not one after the other on the same side: what a step returns is freed a little later.
-    jobs = [*((side, "step") for side in sides), *((side, "peaks") for side in sides), ((OURS, 0), "planned")]
-    times, results = measure(sides, jobs, options.rounds)
+    jobs = [(side, name) for name in ("step", "peaks") for side in sides]
+    times, results = measure(sides, jobs, options.rounds, once=[((OURS, 0), "planned")])
 
     best, memory = {}, {}  # of each form, at its better number of threads
     for form, threads in sides:

@@ -273,8 +273,8 @@ def main() -> None:
         sides = {OURS: (ours, folder, options)}
         trl = {f"TRL, {n} threads": n for n in sorted({1, os.cpu_count() or 1})}
         sides |= {side: (theirs, folder, options, n) for side, n in trl.items()}
-        jobs = [(side, name) for name in ("step", "parts", "compared") for side in sides]
-        times, results = measure(sides, [*jobs, (OURS, "product")], options.rounds)
+        jobs = [*((side, name) for name in ("step", "parts") for side in sides), (OURS, "product")]
+        times, results = measure(sides, jobs, options.rounds, once=[(side, "compared") for side in sides])
 
     seconds = {side: statistics.median(times[side, "step"]) for side in sides}
     best = min(trl, key=seconds.get)

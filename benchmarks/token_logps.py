@@ -96,7 +96,7 @@ def main() -> None:
         sides |= {f"TRL chunked, {n} threads": (theirs, options, n) for n in sorted({1, os.cpu_count() or 1})}
     jobs = [(side, "step") for side in sides]
     facts = [("chunked", "temporary"), ("naive", "temporary"), device, *((side, "results") for side in sides)]
-    times, results = measure(sides, jobs, options.rounds, facts)
+    times, results = measure(sides, jobs, options.rounds, once=facts)
     seconds = {side: statistics.median(times[side, "step"]) for side in sides}
     memory = {side: results[side, "temporary"] for side in ("chunked", "naive")}
     print(f"{options.tokens} tokens, width {options.width}, vocabulary {options.vocabulary}, {results[device]}")

@@ -5,9 +5,8 @@ import importlib
 import inspect
 import os
 import sys
-import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_origin
 
 import jax
 from jax import Array
@@ -51,7 +50,7 @@ def resolve(place: Place, path: str, options: Sequence[str] = ()) -> Named:
     """
     function = find(place.flag, path, place.home)
     try:
-        if typing.get_origin(function):  # the type of functions, to which Python 3.13 gives a signature
+        if get_origin(function):  # the type of functions, to which Python 3.13 gives a signature
             raise TypeError(function)
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError) as error:

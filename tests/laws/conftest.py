@@ -1,8 +1,8 @@
-"""Laws compile much and run little."""
+"""Laws are tested on few numbers, by many programs."""
 
 import pytest
 
 
 @pytest.fixture(autouse=True)
 def compile_laws_quickly(compile_quickly):
-    pass
+    """At these shapes compiling is what takes time, not running."""
