@@ -49,7 +49,7 @@ def temperature(tau: float | Array) -> Transform:
 
 
 def top_k(k: int | Array) -> Transform:
-    """Keeps the `k` most likely tokens."""
+    """Keeps the `k` most likely tokens, one at least: `k = 0` is greedy, not off."""
 
     def apply(logits: Array) -> Array:
         ascending = jnp.sort(logits, axis=-1)
